@@ -1,0 +1,472 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#   "torch==2.13.0", "gymnasium[mujoco]==1.4.0", "mujoco==4.0.0", "numpy==2.4.6", "tyro==1.0.17",
+#   "wandb==0.31.0", "tensorboard==2.21.0", "tqdm==4.70.1", "moviepy==2.2.1",
+# ]
+# ///
+"""TD3 (Fujimoto et al. 2018), the dense twin of rnm_td3_continuous.py."""
+
+import copy
+import difflib
+import json
+import math
+import os
+import random
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import gymnasium as gym
+import mujoco
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+# ---------------------------------------------------------------- arguments
+
+
+@dataclass
+class Args:
+    exp_name: str = Path(__file__).stem  # name of the experiment, a part of the run folder's name
+    seed: int = 1  # seed of every random generator: same seed, machine and thread count give a bit-identical run
+    torch_deterministic: bool = True  # sets `torch.backends.cudnn.deterministic`
+    cuda: bool = True  # use the GPU if there is one
+    track: bool = False  # log to Weights & Biases too (WANDB_MODE=offline works)
+    wandb_project_name: str = "rnm-td3"  # project on Weights & Biases
+    wandb_entity: str | None = None  # team or user on Weights & Biases
+    capture_video: bool = False  # record episodes to `videos/` in the run folder (with --evaluate: beside the model)
+    save_model: bool = False  # write `model.pt` to the run folder at the end, also after Ctrl-C
+    evaluate: str | None = None  # path of a `model.pt`: do not train, play --eval-episodes episodes with it
+
+    env_id: str = "Hopper-v4"  # environment with Box observations and bounded, one-dimensional Box actions
+    total_timesteps: int = 1_000_000  # length of the run, in environment steps
+    learning_rate: float = 3e-4  # Adam's step size, for actor and critics
+    buffer_size: int = 1_000_000  # capacity of the replay buffer, in transitions
+    gamma: float = 0.99  # discount factor, per environment step
+    tau: float = 0.005  # share of the online network in each Polyak update of its target
+    batch_size: int = 256  # transitions per update
+    policy_noise: float = 0.2  # standard deviation of the target policy's noise, in half action ranges
+    exploration_noise: float = 0.1  # standard deviation of the acting policy's noise, in half action ranges
+    learning_starts: int = 25_000  # environment steps with random actions and no update, before learning
+    policy_frequency: int = 2  # critic updates per update of the actor and the targets
+    noise_clip: float = 0.5  # bound of the target policy's noise, in half action ranges
+    hidden_sizes: tuple[int, ...] = (256, 256)  # neurons of each hidden layer, of actor and critics
+    eval_interval: int = 5_000  # environment steps between evaluations (0 = none); the last step is evaluated too
+    eval_episodes: int = 10  # episodes per evaluation, without noise, on an environment of its own
+
+
+class UsageError(Exception):
+    """What the user asked for cannot be done; the message is one line: what is wrong and what to do."""
+
+
+def check_args(args: Args) -> None:
+    """Refuse arguments that make no sense, before any work. Raises UsageError."""
+    limits = dict.fromkeys(["total_timesteps", "buffer_size", "policy_frequency", "eval_episodes"], (1, math.inf))
+    limits |= dict.fromkeys(["policy_noise", "exploration_noise", "noise_clip", "learning_rate"], (0, math.inf))
+    limits |= {"gamma": (0, 1), "tau": (0, 1), "eval_interval": (0, math.inf), "seed": (0, 2**31)}
+    limits |= {"batch_size": (1, args.buffer_size), "learning_starts": (0, args.total_timesteps)}
+    reasons = {"batch_size": " (--buffer-size)", "learning_starts": " (--total-timesteps)"}
+    for name, (low, high) in limits.items():
+        value, flag = getattr(args, name), f"--{name.replace('_', '-')}"
+        if not (low <= value <= high and math.isfinite(value)):
+            raise UsageError(f"{flag} is {value}; give a number from {low} to {high}{reasons.get(name, '')}")
+    if min(args.hidden_sizes, default=0) < 1:
+        raise UsageError(f"--hidden-sizes is {args.hidden_sizes}; give one or more sizes of at least 1")
+    if not args.exp_name or args.exp_name != Path(args.exp_name).name:
+        raise UsageError(f"--exp-name is {args.exp_name!r}; give a plain name without slashes")
+
+
+# ---------------------------------------------------------------- networks
+
+
+def mlp(sizes: list[int]) -> nn.Sequential:
+    """Linear layers of the given sizes with ReLU between them."""
+    layers = [layer for i in range(1, len(sizes)) for layer in (nn.Linear(sizes[i - 1], sizes[i]), nn.ReLU())]
+    return nn.Sequential(*layers[:-1])
+
+
+class Actor(nn.Module):
+    """Deterministic policy: observation [B, O] to action [B, A] within low and high, vectors of length A."""
+
+    def __init__(self, obs_dim: int, action_low: np.ndarray, action_high: np.ndarray, hidden_sizes: tuple[int, ...]):
+        super().__init__()
+        self.net = mlp([obs_dim, *hidden_sizes, len(action_low)])
+        low, high = (torch.as_tensor(bound, dtype=torch.get_default_dtype()) for bound in (action_low, action_high))
+        self.register_buffer("action_low", low)
+        self.register_buffer("action_high", high)
+        self.register_buffer("action_scale", (high - low) / 2)  # half the range
+        self.register_buffer("action_bias", (high + low) / 2)
+
+    def forward(self, obs: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.net(obs)) * self.action_scale + self.action_bias
+
+    @torch.no_grad()
+    def act(self, obs: np.ndarray, noise: float = 0.0) -> np.ndarray:
+        """Action [A] for one observation of any shape, with Gaussian noise of `noise` half ranges, clipped."""
+        x = torch.as_tensor(obs, dtype=self.action_low.dtype, device=self.action_low.device)
+        action = self(x.reshape(1, -1)).squeeze(0)
+        if noise > 0:
+            action += torch.randn_like(action) * (noise * self.action_scale)
+        return action.clamp(self.action_low, self.action_high).cpu().numpy()
+
+
+class QNetwork(nn.Module):
+    """Action value: observation [B, O] and action [B, A] to [B]."""
+
+    def __init__(self, obs_dim: int, action_dim: int, hidden_sizes: tuple[int, ...]):
+        super().__init__()
+        self.net = mlp([obs_dim + action_dim, *hidden_sizes, 1])
+
+    def forward(self, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+        return self.net(torch.cat([obs, action], dim=1)).squeeze(1)
+
+
+# ---------------------------------------------------------------- replay buffer
+
+
+class ReplayBuffer:
+    """The last `capacity` transitions, one packed float32 row each: obs, action, next_obs, reward, terminated."""
+
+    def __init__(self, capacity: int, obs_dim: int, action_dim: int):
+        self.widths = [obs_dim, action_dim, obs_dim, 1, 1]
+        try:
+            self.rows = torch.empty(capacity, sum(self.widths), dtype=torch.float32)  # its pages come with the writes
+        except RuntimeError as error:
+            raise UsageError(f"--buffer-size {capacity} does not fit into memory; lower it") from error
+        self.rows_numpy = self.rows.numpy()  # the same memory: NumPy writes a row in a fraction of the time
+        self.capacity, self.position, self.size = capacity, 0, 0
+
+    def add(self, obs: np.ndarray, action: np.ndarray, next_obs: np.ndarray, reward: float, terminated: bool) -> None:
+        """`next_obs` is what the step returned, not what a reset after it did; `terminated` excludes truncation."""
+        np.concatenate((obs, action, next_obs, (reward, terminated)), out=self.rows_numpy[self.position])
+        self.position = (self.position + 1) % self.capacity
+        self.size = min(self.size + 1, self.capacity)
+
+    def sample(self, batch_size: int, device: torch.device) -> tuple[torch.Tensor, ...]:
+        """Uniform with replacement: obs [B, O], action [B, A], next_obs [B, O], reward [B], terminated [B]."""
+        batch = self.rows[torch.randint(self.size, (batch_size,))].to(device)
+        obs, action, next_obs, reward, terminated = batch.split(self.widths, dim=1)
+        return obs, action, next_obs, reward.squeeze(1), terminated.squeeze(1)
+
+
+# ---------------------------------------------------------------- environment
+
+
+def make_env(env_id: str, capture_video: bool = False) -> gym.Env:
+    """Environment with flat Box observations and bounded Box actions. Raises UsageError if it cannot be one."""
+    try:
+        env = gym.make(env_id, **{"render_mode": "rgb_array"} if capture_video else {})
+        if capture_video:  # without a screen or a driver, find out now
+            env.reset()
+            env.render()
+    except gym.error.UnregisteredEnv as error:
+        near = ", ".join(difflib.get_close_matches(env_id, gym.registry)) or "one of `gymnasium.pprint_registry()`"
+        raise UsageError(f"--env-id {env_id}: no such environment; did you mean {near}?") from error
+    except Exception as error:  # whatever an environment's own code raises
+        hint = "; to render without a screen, try MUJOCO_GL=egl" if capture_video else ""
+        raise UsageError(f"--env-id {env_id}: cannot be made{hint}: {error!r}") from error
+    obs, action = env.observation_space, env.action_space
+    if not isinstance(obs, gym.spaces.Box):
+        raise UsageError(f"--env-id {env_id}: observations are {type(obs).__name__}; choose an environment with Box")
+    if not isinstance(action, gym.spaces.Box) or len(action.shape) != 1 or not action.is_bounded():
+        raise UsageError(f"--env-id {env_id}: actions are {action}; TD3 needs a bounded, one-dimensional Box")
+    return env if len(obs.shape) == 1 else gym.wrappers.FlattenObservation(env)
+
+
+def evaluate(policy: Callable[[np.ndarray], np.ndarray], env: gym.Env, episodes: int, seed: int) -> list[float]:
+    """Undiscounted return of each episode. The seed fixes the initial states: every evaluation sees the same ones."""
+    returns = []
+    for episode in range(episodes):
+        obs, _ = env.reset(seed=seed if episode == 0 else None)
+        episodic_return, done = 0.0, False
+        while not done:
+            obs, reward, terminated, truncated, _ = env.step(policy(obs))
+            episodic_return += float(reward)
+            done = terminated or truncated
+        returns.append(episodic_return)
+    return returns
+
+
+# ---------------------------------------------------------------- run folder
+
+
+class RunLog:
+    """The run folder with configuration, TensorBoard events and CSV files; the progress bar; W&B if asked."""
+
+    def __init__(self, args: Args, device: torch.device):
+        started = int(time.time())
+        while True:
+            name = f"{args.env_id.replace('/', '_')}__{args.exp_name}__{args.seed}__{started}"
+            self.folder = Path("runs", name)
+            try:
+                self.folder.mkdir(parents=True)
+                break
+            except FileExistsError:  # two runs started in the same second
+                started += 1
+            except OSError as error:
+                raise UsageError(f"cannot make the run folder {self.folder}: {error.strerror}") from error
+        config = {**vars(args), "device": str(device), "num_threads": torch.get_num_threads()}
+        config["versions"] = {package.__name__: package.__version__ for package in (torch, gym, mujoco, np)}
+        (self.folder / "config.json").write_text(json.dumps(config, indent=2))
+        if args.track:
+            import wandb  # here, since it takes a second
+
+            project, entity = args.wandb_project_name, args.wandb_entity
+            wandb.init(project=project, entity=entity, name=name, config=config, sync_tensorboard=True, save_code=True)
+        self.writer = SummaryWriter(str(self.folder))
+        self.writer.add_text("hyperparameters", "\n".join(f"    {key}: {value}" for key, value in config.items()))
+        returns = [f"return_{episode}" for episode in range(1, args.eval_episodes + 1)]
+        self.append("episodes.csv", ["step", "return", "length", "seconds"])
+        self.append("evaluations.csv", ["step", *returns, "mean", "std"])
+        self.start = self.last_line = time.time()
+        self.last_return = self.last_evaluation = math.nan
+        self.bar = tqdm(total=args.total_timesteps, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+
+    def append(self, name: str, row: list) -> None:
+        with open(self.folder / name, "a") as file:
+            print(*row, sep=",", file=file)
+
+    def scalars(self, values: dict[str, float], step: int) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def episode(self, step: int, episodic_return: float, length: int) -> None:
+        self.append("episodes.csv", [step, episodic_return, length, f"{time.time() - self.start:.3f}"])
+        self.scalars({"charts/episodic_return": episodic_return, "charts/episodic_length": length}, step)
+        self.last_return = episodic_return
+
+    def evaluation(self, step: int, returns: list[float]) -> None:
+        mean, std = float(np.mean(returns)), float(np.std(returns))
+        self.append("evaluations.csv", [step, *returns, mean, std])
+        self.scalars({"eval/episodic_return": mean, "eval/episodic_return_std": std}, step)
+        self.last_evaluation = mean
+
+    def progress(self, step: int) -> None:
+        """Log steps/s and move the bar; without a terminal, print a line each minute and at the end."""
+        speed = int(step / (time.time() - self.start))
+        self.scalars({"charts/SPS": speed}, step)
+        status = f"return {self.last_return:.1f}, evaluation {self.last_evaluation:.1f}"
+        if not self.bar.disable:
+            self.bar.set_postfix_str(status, refresh=False)
+            self.bar.update(step - self.bar.n)
+        elif time.time() - self.last_line >= 60 or step == self.bar.total:
+            self.last_line = time.time()
+            print(f"step {step}/{self.bar.total}, {speed} steps/s, {status}", flush=True)
+
+    def close(self) -> None:
+        self.bar.close()
+        self.writer.close()
+        if "wandb" in sys.modules:
+            sys.modules["wandb"].finish()
+
+
+# ---------------------------------------------------------------- model files
+
+MODEL_FORMAT = "td3-1"
+
+
+def save_model(path: Path, agent: "TD3", args: Args) -> None:
+    """Write what it takes to act, and the critics, without pickled code."""
+    model = {"format": MODEL_FORMAT, "args": vars(args), "obs_dim": agent.actor.net[0].in_features}
+    for name in ("actor", "qf1", "qf2"):
+        state = getattr(agent, name).state_dict()
+        model[name] = {key: value.cpu() for key, value in state.items()}
+    torch.save(model, path.with_suffix(".incomplete"))
+    os.replace(path.with_suffix(".incomplete"), path)
+
+
+def read_model(path: str | Path) -> dict:
+    """Contents of a model file: format, args, obs_dim, and the state of actor, qf1, qf2. Raises UsageError."""
+    try:
+        model = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror}") from error
+    except Exception:  # pickle, zip and torch each have errors of their own for a foreign file
+        model = None
+    if not isinstance(model, dict) or model.get("format") != MODEL_FORMAT:
+        raise UsageError(f"{path}: not a model file of this script ({MODEL_FORMAT})")
+    return model
+
+
+def load_actor(path: str | Path) -> Callable[[np.ndarray], np.ndarray]:
+    """Policy of a `model.pt`: observation, as the environment gives it, to action [A], no noise. Raises UsageError."""
+    model = read_model(path)
+    args, state = model["args"], model["actor"]
+    actor = Actor(model["obs_dim"], state["action_low"], state["action_high"], args["hidden_sizes"])
+    actor.load_state_dict(state)
+    return actor.act
+
+
+def evaluate_model(args: Args) -> None:
+    """Play the policy of a model file on its own environment, print the returns, and record videos if asked."""
+    policy, env_id = load_actor(args.evaluate), read_model(args.evaluate)["args"]["env_id"]
+    env = make_env(env_id, args.capture_video)
+    if args.capture_video:
+        env = gym.wrappers.RecordVideo(env, str(Path(args.evaluate).parent / "videos"), lambda episode: True)
+    returns = evaluate(policy, env, args.eval_episodes, args.seed)
+    env.close()
+    print(f"{env_id}: returns {np.round(returns, 2).tolist()}, mean {np.mean(returns):.2f}, std {np.std(returns):.2f}")
+
+
+# ---------------------------------------------------------------- TD3
+
+
+@torch.no_grad()
+def polyak_update(online: nn.Module, target: nn.Module, tau: float) -> None:
+    """W' <- tau W + (1 - tau) W'."""
+    for layer, layer_target in zip(online.modules(), target.modules(), strict=True):
+        if isinstance(layer, nn.Linear):
+            layer_target.weight.lerp_(layer.weight, tau)
+            layer_target.bias.lerp_(layer.bias, tau)
+
+
+class TD3:
+    """Twin delayed deep deterministic policy gradient (Fujimoto et al. 2018)."""
+
+    def __init__(self, obs_dim: int, action_low: np.ndarray, action_high: np.ndarray, args: Args, device: torch.device):
+        self.args = args
+        self.actor = Actor(obs_dim, action_low, action_high, args.hidden_sizes).to(device)
+        self.qf1 = QNetwork(obs_dim, len(action_low), args.hidden_sizes).to(device)
+        self.qf2 = QNetwork(obs_dim, len(action_low), args.hidden_sizes).to(device)
+        self.actor_target = copy.deepcopy(self.actor).requires_grad_(False)
+        self.qf1_target = copy.deepcopy(self.qf1).requires_grad_(False)
+        self.qf2_target = copy.deepcopy(self.qf2).requires_grad_(False)
+        names = ("actor", "qf1", "qf2", "actor_target", "qf1_target", "qf2_target")
+        self.networks = {name: getattr(self, name) for name in names}
+        critic_parameters = [*self.qf1.parameters(), *self.qf2.parameters()]
+        self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), lr=args.learning_rate, fused=True)
+        self.q_optimizer = torch.optim.Adam(critic_parameters, lr=args.learning_rate, fused=True)
+
+    def update_critics(self, batch: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
+        """One gradient step of both critics on a batch of `ReplayBuffer.sample`. Returns what to log."""
+        args, actor = self.args, self.actor
+        obs, action, next_obs, reward, terminated = batch
+        with torch.no_grad():
+            noise = (torch.randn_like(action) * args.policy_noise).clamp(-args.noise_clip, args.noise_clip)
+            next_action = self.actor_target(next_obs) + noise * actor.action_scale
+            next_action = next_action.clamp(actor.action_low, actor.action_high)
+            next_q = torch.min(self.qf1_target(next_obs, next_action), self.qf2_target(next_obs, next_action))
+            target_q = reward + (1 - terminated) * args.gamma * next_q  # [B]
+        qf1_values, qf2_values = self.qf1(obs, action), self.qf2(obs, action)
+        qf1_loss, qf2_loss = F.mse_loss(qf1_values, target_q), F.mse_loss(qf2_values, target_q)
+        qf_loss = qf1_loss + qf2_loss
+        self.q_optimizer.zero_grad()
+        qf_loss.backward()
+        self.q_optimizer.step()
+        log = {"qf1_values": qf1_values.mean(), "qf2_values": qf2_values.mean()}
+        log |= {"qf1_loss": qf1_loss, "qf2_loss": qf2_loss, "qf_loss": qf_loss / 2}
+        return {f"losses/{name}": value.detach() for name, value in log.items()}
+
+    def update_actor(self, obs: torch.Tensor) -> dict[str, torch.Tensor]:
+        """One gradient step of the actor, then the three targets follow. Returns what to log."""
+        actor_loss = -self.qf1(obs, self.actor(obs)).mean()
+        self.actor_optimizer.zero_grad()
+        actor_loss.backward(inputs=list(self.actor.parameters()))  # the critic gets no gradient here
+        self.actor_optimizer.step()
+        polyak_update(self.actor, self.actor_target, self.args.tau)
+        polyak_update(self.qf1, self.qf1_target, self.args.tau)
+        polyak_update(self.qf2, self.qf2_target, self.args.tau)
+        return {"losses/actor_loss": actor_loss.detach()}
+
+
+# ---------------------------------------------------------------- training
+
+
+def train(args: Args) -> tuple[TD3, ReplayBuffer, Path]:
+    """Returns agent, buffer, run folder. Raises UsageError before any work, FloatingPointError for NaN or infinity."""
+    check_args(args)
+    env, eval_env = make_env(args.env_id, args.capture_video), make_env(args.env_id)
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
+    torch.backends.cudnn.deterministic = args.torch_deterministic
+    env.action_space.seed(args.seed)
+
+    obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
+    agent = TD3(obs_dim, env.action_space.low, env.action_space.high, args, device)
+    buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim)
+    log = RunLog(args, device)
+    print(f"{args.env_id} on {device}, {torch.get_num_threads()} threads, run folder {log.folder}", flush=True)
+    if args.capture_video:
+        env = gym.wrappers.RecordVideo(env, str(log.folder / "videos"))
+
+    global_step = 0
+    try:
+        obs, _ = env.reset(seed=args.seed)
+        episodic_return, episodic_length = 0.0, 0
+        for global_step in range(1, args.total_timesteps + 1):
+            if global_step <= args.learning_starts:
+                action = env.action_space.sample()
+            else:
+                action = agent.actor.act(obs, args.exploration_noise)
+                check_finite({"observation": obs, "action": action}, global_step, agent)
+            next_obs, reward, terminated, truncated, _ = env.step(action)
+            buffer.add(obs, action, next_obs, float(reward), terminated)
+            obs = next_obs
+            episodic_return += float(reward)
+            episodic_length += 1
+            if terminated or truncated:
+                log.episode(global_step, episodic_return, episodic_length)
+                obs, _ = env.reset()
+                episodic_return, episodic_length = 0.0, 0
+
+            update = global_step - args.learning_starts  # critic updates, with the one that comes now
+            if update >= 1:
+                batch = buffer.sample(args.batch_size, device)
+                losses = agent.update_critics(batch)
+                if update % args.policy_frequency == 0:
+                    losses |= agent.update_actor(batch[0])
+                if update % 100 == 0:
+                    losses = {name: value.item() for name, value in losses.items()}
+                    check_finite(losses, global_step, agent)
+                    log.scalars(losses, global_step)
+
+            last = global_step == args.total_timesteps
+            if args.eval_interval and (global_step % args.eval_interval == 0 or last):
+                log.evaluation(global_step, evaluate(agent.actor.act, eval_env, args.eval_episodes, args.seed + 100))
+            if global_step % 100 == 0 or last:
+                log.progress(global_step)
+    except KeyboardInterrupt:
+        print(f"\ninterrupted at step {global_step}; everything so far is in {log.folder}", file=sys.stderr)
+        raise
+    finally:
+        for resource in (log, env, eval_env):
+            resource.close()
+        if args.save_model:
+            save_model(log.folder / "model.pt", agent, args)
+    return agent, buffer, log.folder
+
+
+def check_finite(values: dict[str, float | np.ndarray], step: int, agent: TD3) -> None:
+    """Raises FloatingPointError with the step, the networks and what to try if a value is not finite."""
+    for name, value in values.items():
+        if not np.isfinite(value).all():
+            networks = agent.networks.items()
+            broken = [key for key, network in networks if not all(p.isfinite().all() for p in network.parameters())]
+            advice = "lower --learning-rate, and check the size of rewards and observations; all files are kept"
+            raise FloatingPointError(f"step {step}: not finite: {name}, networks {broken or 'none yet'}; {advice}")
+
+
+def main() -> int:
+    """Exit code: 0 done, 1 stopped at a non-finite value, 2 bad input, 130 interrupted."""
+    args = tyro.cli(Args, description=__doc__)
+    try:
+        evaluate_model(args) if args.evaluate else train(args)
+    except (UsageError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,55 @@
+"""Small environments with a known script, registered for the tests."""
+
+import gymnasium as gym
+import numpy as np
+
+
+class Scripted(gym.Env):
+    """Observation [episode, step]. Episodes end in turn: terminated at step 3, truncated at step 4, both at step 2."""
+
+    action_space = gym.spaces.Box(np.array([-1.0, 0.0, -3.0], np.float32), np.array([1.0, 0.5, 1.0], np.float32))
+
+    def __init__(self, shape=(2,), reward=None):
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, shape, np.float64)
+        self.reward = reward
+        self.episode = -1
+
+    def _obs(self):
+        obs = np.zeros(self.observation_space.shape)
+        obs.flat[:2] = self.episode, self.count
+        return obs
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.episode += 1
+        self.count = 0
+        return self._obs(), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action), action
+        self.count += 1
+        kind = self.episode % 3
+        terminated, truncated = self.count == (3, 99, 2)[kind], self.count == (99, 4, 2)[kind]
+        reward = 10 * self.episode + self.count if self.reward is None else self.reward
+        return self._obs(), reward, terminated, truncated, {}
+
+
+class Broken(Scripted):
+    """Not made for TD3: the spaces are set by the test."""
+
+    def __init__(self, observation_space=None, action_space=None, error=None):
+        if error:
+            raise error
+        super().__init__()
+        self.observation_space = observation_space or self.observation_space
+        self.action_space = action_space or self.action_space
+
+
+box = gym.spaces.Box(-1, 1, (2,), np.float32)
+gym.register("Scripted-v0", Scripted)
+gym.register("ScriptedMatrix-v0", Scripted, kwargs={"shape": (3, 2)})
+gym.register("ScriptedNaNReward-v0", Scripted, kwargs={"reward": float("nan")})
+gym.register("DictObs-v0", Broken, kwargs={"observation_space": gym.spaces.Dict({"a": box})})
+gym.register("Unbounded-v0", Broken, kwargs={"action_space": gym.spaces.Box(-np.inf, np.inf, (2,), np.float32)})
+gym.register("MatrixAction-v0", Broken, kwargs={"action_space": gym.spaces.Box(-1, 1, (2, 2), np.float32)})
+gym.register("Raises-v0", Broken, kwargs={"error": RuntimeError("no\nlicence")})

@@ -1,0 +1,121 @@
+"""NMLinear as a drop-in for nn.Linear, and what a projection does to weights and Adam's moments."""
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rnm_td3_continuous import NMLinear, density, nm_mask, sparsify
+
+
+@given(
+    rows=st.integers(1, 20),
+    columns=st.integers(1, 40),
+    m=st.integers(1, 16),
+    share=st.floats(0.01, 1),
+    bias=st.booleans(),
+    batch=st.integers(1, 5),
+)
+@settings(max_examples=60, deadline=None)
+def test_equals_masked_dense_layer(rows, columns, m, share, bias, batch):
+    n = max(1, round(share * m))
+    linear = nn.Linear(columns, rows, bias, dtype=torch.float64)
+    layer = NMLinear.from_linear(linear, n, m)
+    x = torch.randn(batch, columns, dtype=torch.float64, requires_grad=True)
+    mask = nm_mask(linear.weight.detach(), n, m)
+    weight = (linear.weight.detach() * mask).requires_grad_()
+    expected = F.linear(x, weight, linear.bias)
+    gradient = torch.randn_like(expected)
+    dx, dw = torch.autograd.grad(expected, [x, weight], gradient, retain_graph=True)
+    y = layer(x)
+    assert torch.allclose(y, expected, rtol=1e-12, atol=1e-12)
+    y.backward(gradient)
+    assert torch.allclose(x.grad, dx, rtol=1e-12, atol=1e-12)
+    assert torch.allclose(layer.values.grad, dw.gather(1, layer.index), rtol=1e-12, atol=1e-12)
+    if bias:
+        assert torch.allclose(layer.bias.grad, gradient.sum(0), rtol=1e-12, atol=1e-12)
+    assert torch.equal(layer.mask(), mask)
+    assert (layer.index.diff(dim=1) > 0).all()  # ascending in each row
+    dense = layer.to_linear()
+    assert torch.equal(dense.weight, weight) and (not bias or torch.equal(dense.bias, linear.bias))
+    again = NMLinear.from_linear(dense, n, m)
+    assert torch.equal(again.to_linear().weight, weight)
+
+
+def test_conversions_copy_and_draw_no_random_number():
+    linear = nn.Linear(8, 4)
+    state = torch.get_rng_state()
+    layer = NMLinear.from_linear(linear, 2, 4)
+    dense = layer.to_linear()
+    assert torch.equal(torch.get_rng_state(), state)
+    with torch.no_grad():
+        linear.weight.zero_()
+        dense.weight.zero_()
+    assert layer.values.abs().min() > 0
+
+
+def test_is_initialised_as_linear():
+    torch.manual_seed(3)
+    linear = nn.Linear(20, 6)
+    torch.manual_seed(3)
+    layer = partial(NMLinear, n=1, m=4)(20, 6)
+    assert torch.equal(layer.master, linear.weight) and torch.equal(layer.bias, linear.bias)
+
+
+def test_state_dict_round_trip_continues_the_same():
+    torch.manual_seed(0)
+    first = NMLinear(16, 8, n=2, m=4)
+    with torch.no_grad():
+        first.values.mul_(0.1)  # what is inactive is larger now: the projection must find it
+    second = NMLinear(16, 8, n=2, m=4)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    assert first.project() == second.project() > 0
+    assert torch.equal(first.values, second.values) and torch.equal(first.index, second.index)
+
+
+def test_projection_swaps_entries_and_freezes_their_adam_moments():
+    """A row of four, 1:4: the active entry loses its place, comes back, and finds weight and moments as they were."""
+    layer = NMLinear.from_linear(nn.Linear(4, 1, bias=False), 1, 4)
+    with torch.no_grad():
+        layer.master.copy_(torch.tensor([[0.1, 0.5, 0.2, 0.3]]))
+        layer.index.fill_(1)
+        layer.values.fill_(0.5)
+    optimizer = torch.optim.Adam(layer.parameters(), lr=0.01)
+    layer(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    moments = {key: optimizer.state[layer.values][key].clone() for key in ("exp_avg", "exp_avg_sq")}
+    assert moments["exp_avg"].abs() > 0
+    with torch.no_grad():
+        layer.values.fill_(0.25)
+    assert layer.project(optimizer) == 2  # one entry left, one came
+    assert layer.index.item() == 3 and layer.values.item() == pytest.approx(0.3)
+    assert all(optimizer.state[layer.values][key].item() == 0 for key in moments)
+    with torch.no_grad():
+        layer.values.fill_(0.21)
+    assert layer.project(optimizer) == 2
+    assert layer.index.item() == 1 and layer.values.item() == pytest.approx(0.25)
+    assert all(torch.equal(optimizer.state[layer.values][key], moments[key]) for key in moments)
+    assert layer.project(optimizer) == 0
+    assert layer.master.tolist() == [pytest.approx([0.1, 0.25, 0.2, 0.21])]
+
+
+@pytest.mark.parametrize("dense_layers, sparse", [("none", 3), ("first", 2), ("last", 2), ("first,last", 1)])
+def test_sparsify_and_density(dense_layers, sparse):
+    network = nn.Sequential(nn.Linear(10, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4))
+    sparsify(network, 1, 4, dense_layers)
+    kinds = [isinstance(layer, NMLinear) for layer in network[::2]]
+    assert sum(kinds) == sparse
+    assert kinds[0] == ("first" not in dense_layers) and kinds[-1] == ("last" not in dense_layers)
+    weights = [layer.to_linear().weight if isinstance(layer, NMLinear) else layer.weight for layer in network[::2]]
+    nonzero = sum(int((weight != 0).sum()) for weight in weights)
+    assert density(network) == nonzero / sum(weight.numel() for weight in weights)
+
+
+def test_wrong_pattern_is_refused():
+    with pytest.raises(ValueError, match="5:4"):
+        NMLinear(8, 8, n=5, m=4)

@@ -1,0 +1,234 @@
+"""Runs of both scripts on small environments: transitions, determinism, run folder, masks, interruption."""
+
+import csv
+import json
+import math
+from itertools import pairwise
+from pathlib import Path
+
+import environments  # noqa: F401, registers the environments
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import rnm_td3_continuous as rnm
+import td3_continuous as td3
+
+SCRIPTS = [rnm, td3]
+SMALL = {"env_id": "Scripted-v0", "total_timesteps": 60, "learning_starts": 20, "eval_interval": 0, "batch_size": 8}
+
+
+def read_csv(path):
+    return list(csv.DictReader(path.read_text().splitlines()))
+
+
+def parameters(agent):
+    return [p for network in agent.networks.values() for p in network.parameters()]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_transitions_land_in_the_buffer(script):
+    """Only termination marks a transition; no transition crosses a reset; what was done is what is stored."""
+    _, buffer, _ = script.train(script.Args(**SMALL))
+    obs, action, next_obs, reward, terminated = (
+        part.numpy() for part in buffer.rows[: buffer.size].split(buffer.widths, dim=1)
+    )
+    assert buffer.size == 60
+    expected = []
+    for episode in range(60):
+        length, terminal = [(3, True), (4, False), (2, True)][episode % 3]
+        expected += [(episode, step, step + 1, terminal and step + 1 == length) for step in range(length)]
+    for i, (episode, step, next_step, terminal) in enumerate(expected[:60]):
+        assert obs[i].tolist() == [episode, step]
+        assert next_obs[i].tolist() == [episode, next_step]
+        assert reward[i] == 10 * episode + next_step
+        assert terminated[i] == terminal
+        assert gym.make("Scripted-v0").action_space.contains(action[i])
+    assert len(np.unique(action[:20], axis=0)) == 20  # the random ones: what comes later may be clipped to a corner
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_termination_stops_the_bootstrap(script):
+    """With reward 1 the critic's target is 1 at a terminal transition, 1 + gamma * Q' at any other."""
+    args = script.Args(gamma=0.5, policy_noise=0.0)
+    low, high = np.array([-1.0], np.float32), np.array([1.0], np.float32)
+    agent = script.TD3(2, low, high, args, torch.device("cpu"))
+    for terminated in (0.0, 1.0):
+        obs, action = torch.randn(1, 2), torch.zeros(1, 1)
+        with torch.no_grad():
+            q, next_action = agent.qf1(obs, action), agent.actor_target(obs)
+            next_q = torch.min(agent.qf1_target(obs, next_action), agent.qf2_target(obs, next_action))
+        loss = agent.update_critics((obs, action, obs, torch.ones(1), torch.tensor([terminated])))["losses/qf1_loss"]
+        expected = (q - (1 + (1 - terminated) * 0.5 * next_q)) ** 2
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_target_noise_and_actions_are_scaled_and_clipped_per_dimension(script):
+    low, high = np.array([-1.0, 0.0, -30.0], np.float32), np.array([1.0, 0.5, 10.0], np.float32)
+    agent = script.TD3(2, low, high, script.Args(), torch.device("cpu"))
+    seen = []
+    agent.qf1_target.forward = lambda obs, action: seen.append(action) or torch.zeros(len(obs))
+    rows = 4000
+    batch = (torch.zeros(rows, 2), torch.zeros(rows, 3), torch.zeros(rows, 2), torch.zeros(rows), torch.zeros(rows))
+    agent.update_critics(batch)
+    clean = agent.actor_target(torch.zeros(1, 2)).detach()
+    noise = (seen[0] - clean) / torch.tensor([1.0, 0.25, 20.0])  # in half ranges
+    assert noise.abs().max() <= 0.5 + 1e-5 and noise.abs().max() > 0.45
+    assert noise.std(0) == pytest.approx(np.full(3, 0.2), rel=0.1)
+    actions = np.stack([agent.actor.act(np.zeros(2), noise=5.0) for _ in range(200)])
+    assert (actions.min(0) == low).all() and (actions.max(0) == high).all()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_same_seed_gives_a_bit_identical_run(script):
+    settings = {**SMALL, "env_id": "InvertedPendulum-v5", "total_timesteps": 300, "learning_starts": 100}
+    settings |= {"eval_interval": 150, "eval_episodes": 2}
+    if script is rnm:
+        settings["mask_update_interval"] = 20
+    first, first_buffer, first_folder = script.train(script.Args(**settings))
+    second, second_buffer, second_folder = script.train(script.Args(**settings))
+    other, _, _ = script.train(script.Args(**settings, seed=2))
+    assert all(torch.equal(a, b) for a, b in zip(parameters(first), parameters(second), strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(parameters(first), parameters(other), strict=True))
+    assert torch.equal(first_buffer.rows[:300], second_buffer.rows[:300])
+    names = ["evaluations.csv"] + [f"masks/{path.name}" for path in (first_folder / "masks").glob("*.npz")]
+    assert len(names) == (12 if script is rnm else 1)
+    for name in names[:1]:
+        assert (first_folder / name).read_bytes() == (second_folder / name).read_bytes()
+    for name in names[1:]:
+        assert (np.load(first_folder / name)["bits"] == np.load(second_folder / name)["bits"]).all()
+
+
+def test_n_equal_m_is_the_dense_twin():
+    settings = {"env_id": "HalfCheetah-v5", "total_timesteps": 200, "learning_starts": 100, "eval_interval": 0}
+    sparse, sparse_buffer, _ = rnm.train(rnm.Args(**settings, n=4, m=4, mask_update_interval=30))
+    dense, dense_buffer, _ = td3.train(td3.Args(**settings))
+    assert torch.allclose(sparse_buffer.rows[:200], dense_buffer.rows[:200], rtol=0, atol=1e-6)
+    start = td3.TD3(17, np.full(6, -1, np.float32), np.full(6, 1, np.float32), td3.Args(), torch.device("cpu"))
+    for ours, theirs, other in zip(parameters(sparse), parameters(dense), parameters(start), strict=True):
+        assert torch.allclose(ours, theirs, rtol=0, atol=1e-6)
+        assert not torch.allclose(theirs, other, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_run_folder(script):
+    settings = {**SMALL, "total_timesteps": 250, "eval_interval": 100, "eval_episodes": 3, "save_model": True}
+    agent, _, folder = script.train(script.Args(**settings))
+    assert folder.parent.name == "runs" and folder.name.startswith(f"Scripted-v0__{script.__name__}__1__")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["total_timesteps"] == 250 and config["versions"]["torch"] == torch.__version__
+    episodes = read_csv(folder / "episodes.csv")
+    assert [int(row["step"]) for row in episodes[:4]] == [3, 7, 9, 12]
+    assert [float(row["return"]) for row in episodes[:3]] == [1 + 2 + 3, 11 + 12 + 13 + 14, 21 + 22]
+    assert [int(row["length"]) for row in episodes[:3]] == [3, 4, 2]
+    evaluations = read_csv(folder / "evaluations.csv")
+    assert [int(row["step"]) for row in evaluations] == [100, 200, 250]
+    for row in evaluations:
+        returns = [float(row[f"return_{i}"]) for i in (1, 2, 3)]
+        assert float(row["mean"]) == pytest.approx(np.mean(returns)) and float(row["std"]) == pytest.approx(
+            np.std(returns)
+        )
+    events = EventAccumulator(str(folder)).Reload()
+    tags = set(events.Tags()["scalars"])
+    common = {"charts/episodic_return", "charts/episodic_length", "charts/SPS", "eval/episodic_return"}
+    common |= {f"losses/{name}" for name in ("qf1_values", "qf2_values", "qf1_loss", "qf2_loss", "qf_loss")}
+    assert common | {"losses/actor_loss", "eval/episodic_return_std"} <= tags
+    if script is rnm:
+        assert {"density/qf2_target"} <= tags
+        assert events.Scalars("density/qf1")[0].value == pytest.approx(rnm.density(agent.qf1))
+    assert (folder / "model.pt").exists()
+
+
+@pytest.mark.parametrize("target_mask", ["own", "online"])
+def test_mask_history_and_sad(target_mask):
+    """The files decode to the layers' masks, and the logged SAD is a brute-force count on them."""
+    settings = {**SMALL, "total_timesteps": 62, "mask_update_interval": 10, "learning_rate": 1e-2, "tau": 0.3}
+    agent, _, folder = rnm.train(rnm.Args(**settings, target_mask=target_mask))
+    files = sorted((folder / "masks").iterdir())
+    assert [path.name for path in files] == [f"{update:09d}.npz" for update in (0, 10, 20, 30, 40)]
+    bits, history = 0, []
+    for path in files:
+        with np.load(path) as file:
+            bits = bits ^ file["bits"]
+            masks, start = {}, 0
+            for name, (rows, columns) in zip(file["layers"].tolist(), file["shapes"], strict=True):
+                stop = start + math.ceil(rows * columns / 8)
+                masks[name] = np.unpackbits(bits[start:stop], count=rows * columns).reshape(rows, columns)
+                start = stop
+            assert start == len(bits)
+            history.append((int(file["step"]), int(file["update"]), masks))
+    assert [step for step, _, _ in history] == [0, 30, 40, 50, 60]
+    for name, layer in agent.nm_layers().items():
+        assert (history[-1][2][name] == layer.mask().numpy()).all()
+    events = EventAccumulator(str(folder)).Reload()
+    total = 0
+    for (_, _, old), (step, _, new) in pairwise(history):
+        for name in new:
+            sad = int((old[name] != new[name]).sum())
+            total += sad
+            logged = {event.step: event.value for event in events.Scalars(f"sad/{name}")}
+            rate = {event.step: event.value for event in events.Scalars(f"sad_rate/{name}")}
+            assert logged[step] == sad
+            assert rate[step] == pytest.approx(sad / new[name].sum())
+            if target_mask == "online":
+                assert (new[name] == new[name.replace("_target", "")]).all()
+    assert total > 0 and sum(event.value for event in events.Scalars("sad/total")) == total
+    networks = ["actor", "qf1", "qf2", "actor_target", "qf1_target", "qf2_target"]
+    assert sum(event.value for name in networks for event in events.Scalars(f"sad/{name}")) == total
+
+
+def test_masks_stay_with_interval_zero_and_files_can_be_left_out():
+    agent, _, folder = rnm.train(rnm.Args(**SMALL, mask_update_interval=0, learning_rate=1e-2, save_masks=False))
+    torch.manual_seed(1)  # the seed of the run: these are its initial masks
+    start = rnm.TD3(2, agent.actor.action_low, agent.actor.action_high, rnm.Args(), torch.device("cpu")).nm_layers()
+    for name, layer in agent.nm_layers().items():
+        assert torch.equal(layer.mask(), start[name].mask())
+    assert not torch.equal(agent.actor.net[0].values, start["actor.net.0"].values)
+    assert not (folder / "masks").exists()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_observations_of_any_shape(script):
+    _, buffer, _ = script.train(script.Args(**{**SMALL, "env_id": "ScriptedMatrix-v0"}))
+    assert buffer.widths == [6, 3, 6, 1, 1]
+    assert buffer.rows[10, :6].tolist() == [3, 1, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_non_finite_values_stop_the_run_and_keep_its_files(script):
+    with pytest.raises(FloatingPointError, match=r"step 2[1-9]: not finite: action, networks \['actor', 'qf1'"):
+        script.train(script.Args(**{**SMALL, "env_id": "ScriptedNaNReward-v0"}))
+    (folder,) = Path("runs").iterdir()
+    assert len((folder / "episodes.csv").read_text().splitlines()) > 5
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_buffer_overwrites_the_oldest_and_is_not_touched_up_front(script):
+    buffer = script.ReplayBuffer(4, 1, 1)
+    for i in range(6):
+        buffer.add(np.array([i]), np.array([0.5]), np.array([i + 1]), float(-i), i == 5)
+    assert sorted(buffer.rows[:, 0].tolist()) == [2, 3, 4, 5] and buffer.size == 4
+    obs, action, next_obs, reward, terminated = buffer.sample(500, torch.device("cpu"))
+    assert obs.shape == (500, 1) and action.shape == (500, 1) and reward.shape == terminated.shape == (500,)
+    assert set(obs.flatten().tolist()) == {2, 3, 4, 5}
+    assert (
+        torch.equal(next_obs, obs + 1)
+        and torch.equal(-reward, obs[:, 0])
+        and torch.equal(terminated, (reward == -5) * 1.0)
+    )
+    resident = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * 4096  # noqa: E731
+    before = resident()
+    large = script.ReplayBuffer(1_000_000, 100, 20)
+    assert large.rows.nbytes > 800e6 and resident() - before < 50e6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_inverted_pendulum_is_learned(script):
+    settings = {"env_id": "InvertedPendulum-v5", "total_timesteps": 12_000, "learning_starts": 1_000}
+    _, _, folder = script.train(script.Args(**settings, eval_interval=2_000))
+    rows = read_csv(folder / "evaluations.csv")
+    assert max(float(row["mean"]) for row in rows) >= 900
