@@ -100,7 +100,6 @@ def nm_mask(weight: torch.Tensor, n: int, m: int) -> torch.Tensor:
     """Mask E of the projection P_NM(W): in every row, the n largest magnitudes of each m consecutive columns.
 
     A last group of r < m columns keeps min(n, r). Of equal magnitudes the lowest column wins.
-
     Args: weight [R, C]; 1 <= n <= m. Returns: bool [R, C]. Raises: ValueError if not 1 <= n <= m.
     """
     if not 1 <= n <= m:
@@ -175,7 +174,6 @@ class NMLinear(nn.Module):
 
         The weights, and whatever the optimizer holds for each of them (Adam: both moments), go through dense masters:
         an entry that leaves is frozen there, one that returns is picked up as it was.
-
         Returns: SAD, the number of entries of E that changed (Zhou et al. 2021, arXiv 2102.04010).
         """
         old_mask, master = self.mask(), self.sync()
@@ -213,7 +211,6 @@ def density(network: nn.Module) -> float:
 
 def save_masks(folder: Path, layers: dict[str, NMLinear], step: int, update: int, previous: np.ndarray) -> np.ndarray:
     """Write the masks of all layers to `{update}.npz` and return their bits, to be given as `previous` next time.
-
     The file holds `step` (environment steps), `update` (critic updates), `layers` (names), `shapes` (rows, columns) and
     `bits`: every mask through `np.packbits`, one after the other, XORed with the file before, since few entries change.
     """
@@ -441,11 +438,15 @@ def read_model(path: str | Path) -> dict:
 def load_actor(path: str | Path) -> Callable[[np.ndarray], np.ndarray]:
     """Policy of a `model.pt`: observation, as the environment gives it, to action [A], no noise. Raises UsageError."""
     model = read_model(path)
-    args, state = model["args"], model["actor"]
-    actor = Actor(model["obs_dim"], state["action_low"], state["action_high"], args["hidden_sizes"])
-    sparsify(actor, args["n"], args["m"], args["dense_layers"])
-    masters = {key: torch.zeros_like(value) for key, value in actor.state_dict().items() if key.endswith(".master")}
-    actor.load_state_dict(masters | state)
+    try:
+        args, state = model["args"], model["actor"]
+        actor = Actor(model["obs_dim"], state["action_low"], state["action_high"], args["hidden_sizes"])
+        sparsify(actor, args["n"], args["m"], args["dense_layers"])
+        masters = {key: torch.zeros_like(value) for key, value in actor.state_dict().items() if key.endswith(".master")}
+        actor.load_state_dict(masters | state)
+        actor.act(np.zeros(model["obs_dim"]))
+    except Exception as error:  # a part is missing, or has the wrong type, shape or range
+        raise UsageError(f"{path}: damaged model file: {error!r}") from error
     return actor.act
 
 

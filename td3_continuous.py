@@ -298,9 +298,13 @@ def read_model(path: str | Path) -> dict:
 def load_actor(path: str | Path) -> Callable[[np.ndarray], np.ndarray]:
     """Policy of a `model.pt`: observation, as the environment gives it, to action [A], no noise. Raises UsageError."""
     model = read_model(path)
-    args, state = model["args"], model["actor"]
-    actor = Actor(model["obs_dim"], state["action_low"], state["action_high"], args["hidden_sizes"])
-    actor.load_state_dict(state)
+    try:
+        args, state = model["args"], model["actor"]
+        actor = Actor(model["obs_dim"], state["action_low"], state["action_high"], args["hidden_sizes"])
+        actor.load_state_dict(state)
+        actor.act(np.zeros(model["obs_dim"]))
+    except Exception as error:  # a part is missing, or has the wrong type, shape or range
+        raise UsageError(f"{path}: damaged model file: {error!r}") from error
     return actor.act
 
 

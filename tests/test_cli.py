@@ -1,0 +1,133 @@
+"""Bad input: one clear line, exit code 2, and no run folder. Ctrl-C: exit code 130, and nothing is lost."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import environments  # noqa: F401
+import pytest
+
+import rnm_td3_continuous as rnm
+import td3_continuous as td3
+
+SCRIPTS = [rnm, td3]
+ROOT = Path(__file__).parents[1]
+
+BAD = {
+    "--total-timesteps 0": "--total-timesteps is 0; give a number from 1",
+    "--total-timesteps -5": "--total-timesteps is -5;",
+    "--buffer-size -1": "--buffer-size is -1;",
+    "--batch-size 0": "--batch-size is 0;",
+    "--batch-size 300 --buffer-size 200": "--batch-size is 300; give a number from 1 to 200 (--buffer-size)",
+    "--learning-starts 200 --total-timesteps 100": "--learning-starts is 200; give a number from 0 to 100 (--total-tim",
+    "--learning-starts -1": "--learning-starts is -1;",
+    "--learning-rate nan": "--learning-rate is nan;",
+    "--learning-rate=-1e-3": "--learning-rate is -0.001;",
+    "--gamma 1.5": "--gamma is 1.5; give a number from 0 to 1",
+    "--tau 2": "--tau is 2",
+    "--policy-noise inf": "--policy-noise is inf;",
+    "--exploration-noise=-0.1": "--exploration-noise is -0.1;",
+    "--noise-clip=-0.1": "--noise-clip is -0.1;",
+    "--policy-frequency 0": "--policy-frequency is 0;",
+    "--eval-interval -1": "--eval-interval is -1;",
+    "--eval-episodes 0": "--eval-episodes is 0;",
+    "--seed -1": "--seed is -1;",
+    "--hidden-sizes 256 -1": "--hidden-sizes is (256, -1);",
+    "--hidden-sizes": "--hidden-sizes is ();",
+    "--exp-name a/b": "--exp-name is 'a/b';",
+    "--env-id HalfCheeta-v4": "no such environment; did you mean HalfCheetah-v",
+    "--env-id Nonsense": "no such environment",
+    "--env-id HalfCheetah-v99": "no such environment; did you mean HalfCheetah-v",
+    "--env-id CartPole-v1": "actions are Discrete(2); TD3 needs a bounded, one-dimensional Box",
+    "--env-id DictObs-v0": "observations are Dict; choose an environment with Box",
+    "--env-id Unbounded-v0": "TD3 needs a bounded, one-dimensional Box",
+    "--env-id MatrixAction-v0": "TD3 needs a bounded, one-dimensional Box",
+    "--env-id Raises-v0": "cannot be made: RuntimeError",
+    "--env-id Scripted-v0 --capture-video": "to render without a screen, try MUJOCO_GL=egl",
+    "--env-id Scripted-v0 --buffer-size 1000000000000000": "--buffer-size 1000000000000000 does not fit into memory",
+}
+BAD_NM = {
+    "--n 0": "--n is 0; give a number from 1 to 4 (--m)",
+    "--n 5 --m 4": "--n is 5; give a number from 1 to 4 (--m)",
+    "--m 0": "--m is 0;",
+    "--n -1 --m -1": "--m is -1;",
+    "--mask-update-interval -1": "--mask-update-interval is -1;",
+}
+
+
+@pytest.mark.parametrize(
+    "script, arguments, message",
+    [(script, *case) for script in SCRIPTS for case in BAD.items()] + [(rnm, *case) for case in BAD_NM.items()],
+)
+def test_bad_input_gets_one_line_and_exit_code_2(script, arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["script", *arguments.split()])
+    assert script.main() == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ") and message in error
+    assert not list(Path(".").iterdir())
+
+
+@pytest.mark.parametrize("arguments", ["--target-mask none", "--dense-layers middle", "--n two", "--no-such-flag"])
+def test_what_cannot_be_parsed_exits_with_2(arguments, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["script", *arguments.split()])
+    with pytest.raises(SystemExit) as exit_info:
+        rnm.main()
+    assert exit_info.value.code == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_run_folder_that_cannot_be_made(monkeypatch, capsys):
+    Path("runs").write_text("a file, not a folder")
+    monkeypatch.setattr(sys, "argv", ["script", "--env-id", "Scripted-v0"])
+    assert rnm.main() == 2
+    assert "error: cannot make the run folder runs/" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_explains_every_flag(script, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["script", "--help"])
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as exit_info:
+        script.main()
+    assert exit_info.value.code == 0
+    words = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for name in script.Args.__dataclass_fields__:
+        flag = name.replace("_", "-")
+        value = rf"(?:, --no-{flag}| \{{.*?\}}(?:\|STR)?| \[INT \[INT \.\.\.\]\]| [A-Z]+)"
+        entry = re.search(rf"--{flag}{value} (.*?)\(default:", words)
+        assert entry and len(entry[1].split()) >= 2, name
+
+
+def run(arguments, **options):
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / arguments[0]), *arguments[1:]]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, **options)
+
+
+@pytest.mark.parametrize("script", ["rnm_td3_continuous.py", "td3_continuous.py"])
+def test_as_a_command(script):
+    process = run([script, "--env-id", "CartPole-v1"])
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 2 and out == ""
+    assert err == "error: --env-id CartPole-v1: actions are Discrete(2); TD3 needs a bounded, one-dimensional Box\n"
+
+
+@pytest.mark.parametrize("script", ["rnm_td3_continuous.py", "td3_continuous.py"])
+def test_interrupt_keeps_everything(script):
+    process = run([script, "--env-id", "InvertedPendulum-v5", "--learning-starts", "100", "--save-model"])
+    folder = Path(process.stdout.readline().split("run folder ")[1].strip())
+    deadline = time.time() + 60
+    while len((folder / "episodes.csv").read_text().splitlines()) < 30:  # it learns by then
+        assert time.time() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in err and f"everything so far is in {folder}" in err.splitlines()[-1]
+    module = rnm if script.startswith("rnm") else td3
+    assert module.load_actor(folder / "model.pt")([0.0, 0.0, 0.0, 0.0]).shape == (1,)
+    assert (folder / "episodes.csv").read_text().endswith("\n")

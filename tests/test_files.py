@@ -1,0 +1,70 @@
+"""The two scripts share their text, each runs alone, and the tools' opinion of all files."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SPARSE, DENSE = ((ROOT / name).read_text() for name in ("rnm_td3_continuous.py", "td3_continuous.py"))
+# What the method touches; everything else that both define is the same, word for word.
+DIFFERENT = {"Args", "check_args", "save_model", "load_actor", "polyak_update", "TD3", "train", "MODEL_FORMAT"}
+
+
+def definitions(source):
+    nodes = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            nodes[node.name] = node
+        elif isinstance(node, ast.Assign):
+            nodes[node.targets[0].id] = node
+    return {name: ast.get_source_segment(source, node) for name, node in nodes.items()}
+
+
+def test_shared_definitions_are_the_same_text():
+    sparse, dense = definitions(SPARSE), definitions(DENSE)
+    assert not set(dense) - set(sparse)
+    assert {name for name in dense if dense[name] != sparse[name]} == DIFFERENT
+    assert set(sparse) - set(dense) == {"nm_mask", "NMLinear", "sparsify", "density", "save_masks"}
+
+
+def test_methods_of_td3_differ_only_by_the_method():
+    methods = []
+    for source in (SPARSE, DENSE):
+        (td3,) = (node for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == "TD3")
+        functions = [node for node in td3.body if isinstance(node, ast.FunctionDef)]
+        methods.append({node.name: ast.get_source_segment(source, node) for node in functions})
+    sparse, dense = methods
+    assert {name for name in dense if dense[name] != sparse[name]} == {"__init__"}
+    assert set(sparse) - set(dense) == {"nm_layers", "project"}
+
+
+def test_the_sparse_script_adds_and_changes_little():
+    """In the dense script's order, all but a few of its lines stand in the sparse one."""
+    diff = subprocess.run(
+        ["diff", ROOT / "td3_continuous.py", ROOT / "rnm_td3_continuous.py"], capture_output=True, text=True
+    ).stdout
+    assert len(re.findall("^<", diff, re.MULTILINE)) <= 12
+
+
+def test_length():
+    assert len(SPARSE.splitlines()) < 650 and len(DENSE.splitlines()) < 550
+
+
+@pytest.mark.parametrize("source", [SPARSE, DENSE])
+def test_inline_metadata_equals_requirements(source):
+    block = re.search(r"^# /// script\n((?:#.*\n)+?)# ///$", source, re.MULTILINE).group(1)
+    metadata = tomllib.loads("".join(line[2:] for line in block.splitlines(keepends=True)))
+    requirements = (ROOT / "requirements.txt").read_text().split("# to test")[0]
+    assert metadata["dependencies"] == [line for line in requirements.splitlines() if not line.startswith("#")]
+    assert metadata["requires-python"] == ">=3.11"
+
+
+@pytest.mark.parametrize("command", [["check"], ["format", "--check"]])
+def test_ruff_is_clean(command):
+    result = subprocess.run([sys.executable, "-m", "ruff", *command, ROOT], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
