@@ -1,9 +1,7 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = [
-#   "torch==2.13.0", "gymnasium[mujoco]==1.4.0", "mujoco==4.0.0", "numpy==2.4.6", "tyro==1.0.17",
-#   "wandb==0.31.0", "tensorboard==2.21.0", "tqdm==4.70.1", "moviepy==2.2.1",
-# ]
+# dependencies = ["torch==2.13.0", "gymnasium[mujoco]==1.4.0", "mujoco==4.0.0", "numpy==2.4.6", "tyro==1.0.17",
+#   "wandb==0.31.0", "tensorboard==2.21.0", "tqdm==4.70.1", "moviepy==2.2.1"]
 # ///
 """TD3 (Fujimoto et al. 2018), the dense twin of rnm_td3_continuous.py."""
 
@@ -313,7 +311,8 @@ def evaluate_model(args: Args) -> None:
     policy, env_id = load_actor(args.evaluate), read_model(args.evaluate)["args"]["env_id"]
     env = make_env(env_id, args.capture_video)
     if args.capture_video:
-        env = gym.wrappers.RecordVideo(env, str(Path(args.evaluate).parent / "videos"), lambda episode: True)
+        videos = f"{Path(args.evaluate).parent}/videos"
+        env = gym.wrappers.RecordVideo(env, videos, lambda _: True, name_prefix="evaluation")
     returns = evaluate(policy, env, args.eval_episodes, args.seed)
     env.close()
     print(f"{env_id}: returns {np.round(returns, 2).tolist()}, mean {np.mean(returns):.2f}, std {np.std(returns):.2f}")
