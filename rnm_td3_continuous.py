@@ -87,6 +87,8 @@ def check_args(args: Args) -> None:
             raise UsageError(f"{flag} is {value}; give a number from {low} to {high}{reasons.get(name, '')}")
     if min(args.hidden_sizes, default=0) < 1:
         raise UsageError(f"--hidden-sizes is {args.hidden_sizes}; give one or more sizes of at least 1")
+    if args.dense_layers == "first,last" and len(args.hidden_sizes) == 1:
+        raise UsageError("--dense-layers first,last leaves nothing sparse; give --hidden-sizes a second layer")
     if not args.exp_name or args.exp_name != Path(args.exp_name).name:
         raise UsageError(f"--exp-name is {args.exp_name!r}; give a plain name without slashes")
 
@@ -103,9 +105,9 @@ def nm_mask(weight: torch.Tensor, n: int, m: int) -> torch.Tensor:
     if not 1 <= n <= m:
         raise ValueError(f"N:M needs 1 <= N <= M, not {n}:{m}")
     rows, columns = weight.shape
-    # The padding ranks below every weight, zeros included, so that it never takes a real column's place.
-    groups = F.pad(weight.abs(), (0, -columns % m), value=-1.0).view(rows, -1, m)  # [R, G, M]
-    order = groups.sort(dim=-1, descending=True, stable=True).indices
+    m = min(m, columns)
+    groups = F.pad(weight.abs(), (0, -columns % m)).view(rows, -1, m)  # [R, G, M]
+    order = groups.sort(dim=-1, descending=True, stable=True).indices  # stable: the padding loses against any zero
     mask = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, order[..., :n], True)
     return mask.view(rows, -1)[:, :columns]
 
@@ -120,10 +122,10 @@ class NMLinear(nn.Module):
                      its active entries are as old as the last `sync()`
     """
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = True, *, n: int, m: int, linear=None):
+    def __init__(self, in_features, out_features, bias=True, device=None, dtype=None, *, n: int, m: int, linear=None):
         """Initialised as `nn.Linear`, on the dense W, or with a copy of `linear`. Raises ValueError for a wrong N:M."""
         super().__init__()
-        linear = nn.Linear(in_features, out_features, bias) if linear is None else copy.deepcopy(linear)
+        linear = copy.deepcopy(linear) if linear else nn.Linear(in_features, out_features, bias, device, dtype)
         self.in_features, self.out_features, self.n, self.m = in_features, out_features, n, m
         self.register_buffer("master", linear.weight.detach())
         self.register_buffer("index", self._projected_index())
@@ -139,8 +141,7 @@ class NMLinear(nn.Module):
     def to_linear(self) -> nn.Linear:
         """Dense layer that computes the same, with zeros in place of the inactive weights (a copy)."""
         linear = nn.utils.skip_init(nn.Linear, self.in_features, self.out_features, self.bias is not None)
-        linear.to(self.values)
-        linear.load_state_dict({**self.state_dict(), "weight": self.sparse_weight()}, strict=False)
+        linear.to(self.values).load_state_dict({**self.state_dict(), "weight": self.sparse_weight()}, strict=False)
         return linear
 
     def sparse_weight(self) -> torch.Tensor:
@@ -185,15 +186,12 @@ class NMLinear(nn.Module):
         return int((self.mask() != old_mask).sum())
 
     def _projected_index(self) -> torch.Tensor:
-        return nm_mask(self.master, self.n, self.m).nonzero()[:, 1].view(self.out_features, -1)
-
-    def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, {self.n}:{self.m}, bias={self.bias is not None}"
+        return nm_mask(self.master, self.n, self.m).nonzero()[:, 1].reshape(self.out_features, -1).contiguous()
 
 
 def sparsify(network: nn.Module, n: int, m: int, dense_layers: str = "none") -> nn.Module:
     """Replace the linear layers of a network by N:M ones, in place; the first, last or both may stay dense."""
-    linears = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
+    linears = [name for name, module in network.named_modules() if type(module) is nn.Linear]
     start, stop = int("first" in dense_layers), len(linears) - int("last" in dense_layers)
     for name in linears[start:stop]:
         network.set_submodule(name, NMLinear.from_linear(network.get_submodule(name), n, m))
@@ -203,7 +201,7 @@ def sparsify(network: nn.Module, n: int, m: int, dense_layers: str = "none") -> 
 def density(network: nn.Module) -> float:
     """Share of active weights among all weights of a network, biases not counted."""
     layers = [layer for layer in network.modules() if isinstance(layer, (nn.Linear, NMLinear))]
-    active = sum(next(layer.parameters()).numel() for layer in layers)  # the first parameter: values or weight
+    active = sum((layer.values if isinstance(layer, NMLinear) else layer.weight).numel() for layer in layers)
     return active / sum(layer.in_features * layer.out_features for layer in layers)
 
 
@@ -274,10 +272,7 @@ class ReplayBuffer:
 
     def __init__(self, capacity: int, obs_dim: int, action_dim: int):
         self.widths = [obs_dim, action_dim, obs_dim, 1, 1]
-        try:
-            self.rows = torch.empty(capacity, sum(self.widths), dtype=torch.float32)  # its pages come with the writes
-        except RuntimeError as error:
-            raise UsageError(f"--buffer-size {capacity} does not fit into memory; lower it") from error
+        self.rows = torch.empty(capacity, sum(self.widths), dtype=torch.float32)  # its pages come with the writes
         self.rows_numpy = self.rows.numpy()  # the same memory: NumPy writes a row in a fraction of the time
         self.capacity, self.position, self.size = capacity, 0, 0
 
@@ -313,8 +308,9 @@ def make_env(env_id: str, capture_video: bool = False) -> gym.Env:
     obs, action = env.observation_space, env.action_space
     if not isinstance(obs, gym.spaces.Box):
         raise UsageError(f"--env-id {env_id}: observations are {type(obs).__name__}; choose an environment with Box")
-    if not isinstance(action, gym.spaces.Box) or len(action.shape) != 1 or not action.is_bounded():
-        raise UsageError(f"--env-id {env_id}: actions are {action}; TD3 needs a bounded, one-dimensional Box")
+    continuous = isinstance(action, gym.spaces.Box) and action.dtype.kind == "f"
+    if not continuous or len(action.shape) != 1 or not action.is_bounded():
+        raise UsageError(f"--env-id {env_id}: actions are {action}; TD3 needs a bounded, one-dimensional Box of floats")
     return env if len(obs.shape) == 1 else gym.wrappers.FlattenObservation(env)
 
 
@@ -353,16 +349,19 @@ class RunLog:
         config = {**vars(args), "device": str(device), "num_threads": torch.get_num_threads()}
         config["versions"] = {package.__name__: package.__version__ for package in (torch, gym, mujoco, np)}
         (self.folder / "config.json").write_text(json.dumps(config, indent=2))
+        self.wandb = None
         if args.track:
             import wandb  # here, since it takes a second
 
-            project, entity = args.wandb_project_name, args.wandb_entity
-            wandb.init(project=project, entity=entity, name=name, config=config, sync_tensorboard=True, save_code=True)
+            options = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": name, "config": config}
+            try:
+                self.wandb = wandb.init(**options, sync_tensorboard=True, save_code=True)
+            except Exception as error:  # no key, no network, a wrong mode
+                raise UsageError(f"--track: {error!r}; run `wandb login`, or set WANDB_MODE=offline") from error
         self.writer = SummaryWriter(str(self.folder))
         self.writer.add_text("hyperparameters", "\n".join(f"    {key}: {value}" for key, value in config.items()))
-        returns = [f"return_{episode}" for episode in range(1, args.eval_episodes + 1)]
         self.append("episodes.csv", ["step", "return", "length", "seconds"])
-        self.append("evaluations.csv", ["step", *returns, "mean", "std"])
+        self.append("evaluations.csv", ["step", *(f"return_{i + 1}" for i in range(args.eval_episodes)), "mean", "std"])
         self.start = self.last_line = time.time()
         self.last_return = self.last_evaluation = math.nan
         self.bar = tqdm(total=args.total_timesteps, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
@@ -401,8 +400,8 @@ class RunLog:
     def close(self) -> None:
         self.bar.close()
         self.writer.close()
-        if "wandb" in sys.modules:
-            sys.modules["wandb"].finish()
+        if self.wandb:
+            self.wandb.finish()
 
 
 # ---------------------------------------------------------------- model files
@@ -414,8 +413,8 @@ def save_model(path: Path, agent: "TD3", args: Args) -> None:
     """Write what it takes to act, and the critics, without pickled code; the dense masters serve only training."""
     model = {"format": MODEL_FORMAT, "args": vars(args), "obs_dim": agent.actor.net[0].in_features}
     for name in ("actor", "qf1", "qf2"):
-        state = getattr(agent, name).state_dict()
-        model[name] = {key: value.cpu() for key, value in state.items() if not key.endswith(".master")}
+        state = {key: value.cpu() for key, value in getattr(agent, name).state_dict().items() if "master" not in key}
+        model[name] = {key: value.int() if "index" in key else value for key, value in state.items()}
     torch.save(model, path.with_suffix(".incomplete"))
     os.replace(path.with_suffix(".incomplete"), path)
 
@@ -437,7 +436,7 @@ def load_actor(path: str | Path) -> Callable[[np.ndarray], np.ndarray]:
     """Policy of a `model.pt`: observation, as the environment gives it, to action [A], no noise. Raises UsageError."""
     model = read_model(path)
     try:
-        args, state = model["args"], model["actor"]
+        args, state, _ = model["args"], model["actor"], model["args"]["env_id"]
         actor = Actor(model["obs_dim"], state["action_low"], state["action_high"], args["hidden_sizes"])
         sparsify(actor, args["n"], args["m"], args["dense_layers"])
         masters = {key: torch.zeros_like(value) for key, value in actor.state_dict().items() if key.endswith(".master")}
@@ -450,14 +449,17 @@ def load_actor(path: str | Path) -> Callable[[np.ndarray], np.ndarray]:
 
 def evaluate_model(args: Args) -> None:
     """Play the policy of a model file on its own environment, print the returns, and record videos if asked."""
-    policy, env_id = load_actor(args.evaluate), read_model(args.evaluate)["args"]["env_id"]
-    env = make_env(env_id, args.capture_video)
+    check_args(args)
+    policy, model = load_actor(args.evaluate), read_model(args.evaluate)
+    env = make_env(model["args"]["env_id"], args.capture_video)
+    if env.observation_space.shape != (model["obs_dim"],):
+        raise UsageError(f"{args.evaluate}: made for {model['obs_dim']} inputs, unlike {env.spec.id} as it is here")
     if args.capture_video:
         videos = f"{Path(args.evaluate).parent}/videos"
         env = gym.wrappers.RecordVideo(env, videos, lambda _: True, name_prefix="evaluation")
     returns = evaluate(policy, env, args.eval_episodes, args.seed)
     env.close()
-    print(f"{env_id}: returns {np.round(returns, 2).tolist()}, mean {np.mean(returns):.2f}, std {np.std(returns):.2f}")
+    print(f"returns {np.round(returns, 2).tolist()}, mean {np.mean(returns):.2f}, std {np.std(returns):.2f}")
 
 
 # ---------------------------------------------------------------- TD3
@@ -559,21 +561,21 @@ def train(args: Args) -> tuple[TD3, ReplayBuffer, Path]:
     env.action_space.seed(args.seed)
 
     obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
-    agent = TD3(obs_dim, env.action_space.low, env.action_space.high, args, device)
-    buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim)
-    log = RunLog(args, device)
-    print(f"{args.env_id} on {device}, {torch.get_num_threads()} threads, run folder {log.folder}", flush=True)
-    if args.capture_video:
-        env = gym.wrappers.RecordVideo(env, str(log.folder / "videos"))
-    log.scalars({f"density/{name}": density(network) for name, network in agent.networks.items()}, 0)
-    layers, mask_bits = agent.nm_layers(), np.uint8(0)
-    if args.save_masks:
-        mask_bits = save_masks(log.folder / "masks", layers, step=0, update=0, previous=mask_bits)
-
-    global_step = 0
     try:
+        agent = TD3(obs_dim, env.action_space.low, env.action_space.high, args, device)
+        buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim)
+    except (RuntimeError, TypeError) as error:
+        raise UsageError(f"no memory for --hidden-sizes or --buffer-size; lower them: {error!r}") from error
+    log = RunLog(args, device)
+    global_step, episodic_return, episodic_length = 0, 0.0, 0
+    try:
+        print(f"{args.env_id} on {device}, {torch.get_num_threads()} threads, run folder {log.folder}", flush=True)
+        if args.capture_video:
+            env = gym.wrappers.RecordVideo(env, str(log.folder / "videos"))
+        log.scalars({f"density/{name}": density(network) for name, network in agent.networks.items()}, 0)
+        layers, masks_folder = agent.nm_layers(), log.folder / "masks"
+        mask_bits = save_masks(masks_folder, layers, 0, 0, np.uint8(0)) if args.save_masks else None
         obs, _ = env.reset(seed=args.seed)
-        episodic_return, episodic_length = 0.0, 0
         for global_step in range(1, args.total_timesteps + 1):
             if global_step <= args.learning_starts:
                 action = env.action_space.sample()
@@ -590,6 +592,8 @@ def train(args: Args) -> tuple[TD3, ReplayBuffer, Path]:
                 obs, _ = env.reset()
                 episodic_return, episodic_length = 0.0, 0
 
+            last = global_step == args.total_timesteps
+            evaluating = args.eval_interval > 0 and (global_step % args.eval_interval == 0 or last)
             update = global_step - args.learning_starts  # critic updates, with the one that comes now
             if update >= 1:
                 batch = buffer.sample(args.batch_size, device)
@@ -599,14 +603,12 @@ def train(args: Args) -> tuple[TD3, ReplayBuffer, Path]:
                 if args.mask_update_interval and update % args.mask_update_interval == 0:
                     log.scalars(agent.project(), global_step)
                     if args.save_masks:
-                        mask_bits = save_masks(log.folder / "masks", layers, global_step, update, mask_bits)
-                if update % 100 == 0:
+                        mask_bits = save_masks(masks_folder, layers, global_step, update, mask_bits)
+                if update % 100 == 0 or evaluating or last:
                     losses = {name: value.item() for name, value in losses.items()}
-                    check_finite(losses, global_step, agent)
+                    check_finite(losses | {"action": agent.actor.act(obs)}, global_step, agent)
                     log.scalars(losses, global_step)
-
-            last = global_step == args.total_timesteps
-            if args.eval_interval and (global_step % args.eval_interval == 0 or last):
+            if evaluating:
                 log.evaluation(global_step, evaluate(agent.actor.act, eval_env, args.eval_episodes, args.seed + 100))
             if global_step % 100 == 0 or last:
                 log.progress(global_step)
@@ -614,10 +616,10 @@ def train(args: Args) -> tuple[TD3, ReplayBuffer, Path]:
         print(f"\ninterrupted at step {global_step}; everything so far is in {log.folder}", file=sys.stderr)
         raise
     finally:
+        if args.save_model:  # first, since closing may take long or fail
+            save_model(log.folder / "model.pt", agent, args)
         for resource in (log, env, eval_env):
             resource.close()
-        if args.save_model:
-            save_model(log.folder / "model.pt", agent, args)
     return agent, buffer, log.folder
 
 
@@ -625,8 +627,7 @@ def check_finite(values: dict[str, float | np.ndarray], step: int, agent: TD3) -
     """Raises FloatingPointError with the step, the networks and what to try if a value is not finite."""
     for name, value in values.items():
         if not np.isfinite(value).all():
-            networks = agent.networks.items()
-            broken = [key for key, network in networks if not all(p.isfinite().all() for p in network.parameters())]
+            broken = [k for k, net in agent.networks.items() if not all(p.isfinite().all() for p in net.parameters())]
             advice = "lower --learning-rate, and check the size of rewards and observations; all files are kept"
             raise FloatingPointError(f"step {step}: not finite: {name}, networks {broken or 'none yet'}; {advice}")
 
@@ -635,9 +636,9 @@ def main() -> int:
     """Exit code: 0 done, 1 stopped at a non-finite value, 2 bad input, 130 interrupted."""
     args = tyro.cli(Args, description=__doc__)
     try:
-        evaluate_model(args) if args.evaluate else train(args)
+        train(args) if args.evaluate is None else evaluate_model(args)
     except (UsageError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", " ".join(str(error).split()), file=sys.stderr)  # one line, whatever a library had to say
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
         return 130

@@ -134,10 +134,7 @@ class ReplayBuffer:
 
     def __init__(self, capacity: int, obs_dim: int, action_dim: int):
         self.widths = [obs_dim, action_dim, obs_dim, 1, 1]
-        try:
-            self.rows = torch.empty(capacity, sum(self.widths), dtype=torch.float32)  # its pages come with the writes
-        except RuntimeError as error:
-            raise UsageError(f"--buffer-size {capacity} does not fit into memory; lower it") from error
+        self.rows = torch.empty(capacity, sum(self.widths), dtype=torch.float32)  # its pages come with the writes
         self.rows_numpy = self.rows.numpy()  # the same memory: NumPy writes a row in a fraction of the time
         self.capacity, self.position, self.size = capacity, 0, 0
 
@@ -173,8 +170,9 @@ def make_env(env_id: str, capture_video: bool = False) -> gym.Env:
     obs, action = env.observation_space, env.action_space
     if not isinstance(obs, gym.spaces.Box):
         raise UsageError(f"--env-id {env_id}: observations are {type(obs).__name__}; choose an environment with Box")
-    if not isinstance(action, gym.spaces.Box) or len(action.shape) != 1 or not action.is_bounded():
-        raise UsageError(f"--env-id {env_id}: actions are {action}; TD3 needs a bounded, one-dimensional Box")
+    continuous = isinstance(action, gym.spaces.Box) and action.dtype.kind == "f"
+    if not continuous or len(action.shape) != 1 or not action.is_bounded():
+        raise UsageError(f"--env-id {env_id}: actions are {action}; TD3 needs a bounded, one-dimensional Box of floats")
     return env if len(obs.shape) == 1 else gym.wrappers.FlattenObservation(env)
 
 
@@ -213,16 +211,19 @@ class RunLog:
         config = {**vars(args), "device": str(device), "num_threads": torch.get_num_threads()}
         config["versions"] = {package.__name__: package.__version__ for package in (torch, gym, mujoco, np)}
         (self.folder / "config.json").write_text(json.dumps(config, indent=2))
+        self.wandb = None
         if args.track:
             import wandb  # here, since it takes a second
 
-            project, entity = args.wandb_project_name, args.wandb_entity
-            wandb.init(project=project, entity=entity, name=name, config=config, sync_tensorboard=True, save_code=True)
+            options = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": name, "config": config}
+            try:
+                self.wandb = wandb.init(**options, sync_tensorboard=True, save_code=True)
+            except Exception as error:  # no key, no network, a wrong mode
+                raise UsageError(f"--track: {error!r}; run `wandb login`, or set WANDB_MODE=offline") from error
         self.writer = SummaryWriter(str(self.folder))
         self.writer.add_text("hyperparameters", "\n".join(f"    {key}: {value}" for key, value in config.items()))
-        returns = [f"return_{episode}" for episode in range(1, args.eval_episodes + 1)]
         self.append("episodes.csv", ["step", "return", "length", "seconds"])
-        self.append("evaluations.csv", ["step", *returns, "mean", "std"])
+        self.append("evaluations.csv", ["step", *(f"return_{i + 1}" for i in range(args.eval_episodes)), "mean", "std"])
         self.start = self.last_line = time.time()
         self.last_return = self.last_evaluation = math.nan
         self.bar = tqdm(total=args.total_timesteps, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
@@ -261,8 +262,8 @@ class RunLog:
     def close(self) -> None:
         self.bar.close()
         self.writer.close()
-        if "wandb" in sys.modules:
-            sys.modules["wandb"].finish()
+        if self.wandb:
+            self.wandb.finish()
 
 
 # ---------------------------------------------------------------- model files
@@ -274,8 +275,7 @@ def save_model(path: Path, agent: "TD3", args: Args) -> None:
     """Write what it takes to act, and the critics, without pickled code."""
     model = {"format": MODEL_FORMAT, "args": vars(args), "obs_dim": agent.actor.net[0].in_features}
     for name in ("actor", "qf1", "qf2"):
-        state = getattr(agent, name).state_dict()
-        model[name] = {key: value.cpu() for key, value in state.items()}
+        model[name] = {key: value.cpu() for key, value in getattr(agent, name).state_dict().items()}
     torch.save(model, path.with_suffix(".incomplete"))
     os.replace(path.with_suffix(".incomplete"), path)
 
@@ -297,7 +297,7 @@ def load_actor(path: str | Path) -> Callable[[np.ndarray], np.ndarray]:
     """Policy of a `model.pt`: observation, as the environment gives it, to action [A], no noise. Raises UsageError."""
     model = read_model(path)
     try:
-        args, state = model["args"], model["actor"]
+        args, state, _ = model["args"], model["actor"], model["args"]["env_id"]
         actor = Actor(model["obs_dim"], state["action_low"], state["action_high"], args["hidden_sizes"])
         actor.load_state_dict(state)
         actor.act(np.zeros(model["obs_dim"]))
@@ -308,14 +308,17 @@ def load_actor(path: str | Path) -> Callable[[np.ndarray], np.ndarray]:
 
 def evaluate_model(args: Args) -> None:
     """Play the policy of a model file on its own environment, print the returns, and record videos if asked."""
-    policy, env_id = load_actor(args.evaluate), read_model(args.evaluate)["args"]["env_id"]
-    env = make_env(env_id, args.capture_video)
+    check_args(args)
+    policy, model = load_actor(args.evaluate), read_model(args.evaluate)
+    env = make_env(model["args"]["env_id"], args.capture_video)
+    if env.observation_space.shape != (model["obs_dim"],):
+        raise UsageError(f"{args.evaluate}: made for {model['obs_dim']} inputs, unlike {env.spec.id} as it is here")
     if args.capture_video:
         videos = f"{Path(args.evaluate).parent}/videos"
         env = gym.wrappers.RecordVideo(env, videos, lambda _: True, name_prefix="evaluation")
     returns = evaluate(policy, env, args.eval_episodes, args.seed)
     env.close()
-    print(f"{env_id}: returns {np.round(returns, 2).tolist()}, mean {np.mean(returns):.2f}, std {np.std(returns):.2f}")
+    print(f"returns {np.round(returns, 2).tolist()}, mean {np.mean(returns):.2f}, std {np.std(returns):.2f}")
 
 
 # ---------------------------------------------------------------- TD3
@@ -394,17 +397,18 @@ def train(args: Args) -> tuple[TD3, ReplayBuffer, Path]:
     env.action_space.seed(args.seed)
 
     obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
-    agent = TD3(obs_dim, env.action_space.low, env.action_space.high, args, device)
-    buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim)
-    log = RunLog(args, device)
-    print(f"{args.env_id} on {device}, {torch.get_num_threads()} threads, run folder {log.folder}", flush=True)
-    if args.capture_video:
-        env = gym.wrappers.RecordVideo(env, str(log.folder / "videos"))
-
-    global_step = 0
     try:
+        agent = TD3(obs_dim, env.action_space.low, env.action_space.high, args, device)
+        buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim)
+    except (RuntimeError, TypeError) as error:
+        raise UsageError(f"no memory for --hidden-sizes or --buffer-size; lower them: {error!r}") from error
+    log = RunLog(args, device)
+    global_step, episodic_return, episodic_length = 0, 0.0, 0
+    try:
+        print(f"{args.env_id} on {device}, {torch.get_num_threads()} threads, run folder {log.folder}", flush=True)
+        if args.capture_video:
+            env = gym.wrappers.RecordVideo(env, str(log.folder / "videos"))
         obs, _ = env.reset(seed=args.seed)
-        episodic_return, episodic_length = 0.0, 0
         for global_step in range(1, args.total_timesteps + 1):
             if global_step <= args.learning_starts:
                 action = env.action_space.sample()
@@ -421,19 +425,19 @@ def train(args: Args) -> tuple[TD3, ReplayBuffer, Path]:
                 obs, _ = env.reset()
                 episodic_return, episodic_length = 0.0, 0
 
+            last = global_step == args.total_timesteps
+            evaluating = args.eval_interval > 0 and (global_step % args.eval_interval == 0 or last)
             update = global_step - args.learning_starts  # critic updates, with the one that comes now
             if update >= 1:
                 batch = buffer.sample(args.batch_size, device)
                 losses = agent.update_critics(batch)
                 if update % args.policy_frequency == 0:
                     losses |= agent.update_actor(batch[0])
-                if update % 100 == 0:
+                if update % 100 == 0 or evaluating or last:
                     losses = {name: value.item() for name, value in losses.items()}
-                    check_finite(losses, global_step, agent)
+                    check_finite(losses | {"action": agent.actor.act(obs)}, global_step, agent)
                     log.scalars(losses, global_step)
-
-            last = global_step == args.total_timesteps
-            if args.eval_interval and (global_step % args.eval_interval == 0 or last):
+            if evaluating:
                 log.evaluation(global_step, evaluate(agent.actor.act, eval_env, args.eval_episodes, args.seed + 100))
             if global_step % 100 == 0 or last:
                 log.progress(global_step)
@@ -441,10 +445,10 @@ def train(args: Args) -> tuple[TD3, ReplayBuffer, Path]:
         print(f"\ninterrupted at step {global_step}; everything so far is in {log.folder}", file=sys.stderr)
         raise
     finally:
+        if args.save_model:  # first, since closing may take long or fail
+            save_model(log.folder / "model.pt", agent, args)
         for resource in (log, env, eval_env):
             resource.close()
-        if args.save_model:
-            save_model(log.folder / "model.pt", agent, args)
     return agent, buffer, log.folder
 
 
@@ -452,8 +456,7 @@ def check_finite(values: dict[str, float | np.ndarray], step: int, agent: TD3) -
     """Raises FloatingPointError with the step, the networks and what to try if a value is not finite."""
     for name, value in values.items():
         if not np.isfinite(value).all():
-            networks = agent.networks.items()
-            broken = [key for key, network in networks if not all(p.isfinite().all() for p in network.parameters())]
+            broken = [k for k, net in agent.networks.items() if not all(p.isfinite().all() for p in net.parameters())]
             advice = "lower --learning-rate, and check the size of rewards and observations; all files are kept"
             raise FloatingPointError(f"step {step}: not finite: {name}, networks {broken or 'none yet'}; {advice}")
 
@@ -462,9 +465,9 @@ def main() -> int:
     """Exit code: 0 done, 1 stopped at a non-finite value, 2 bad input, 130 interrupted."""
     args = tyro.cli(Args, description=__doc__)
     try:
-        evaluate_model(args) if args.evaluate else train(args)
+        train(args) if args.evaluate is None else evaluate_model(args)
     except (UsageError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", " ".join(str(error).split()), file=sys.stderr)  # one line, whatever a library had to say
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
         return 130

@@ -1,5 +1,7 @@
 """Small environments with a known script, registered for the tests."""
 
+from typing import ClassVar
+
 import gymnasium as gym
 import numpy as np
 
@@ -19,8 +21,11 @@ class Scripted(gym.Env):
         obs.flat[:2] = self.episode, self.count
         return obs
 
+    resets: ClassVar[list] = []  # (environment, seed) of every reset
+
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
+        self.resets.append((self, seed))
         self.episode += 1
         self.count = 0
         return self._obs(), {}
@@ -31,7 +36,20 @@ class Scripted(gym.Env):
         kind = self.episode % 3
         terminated, truncated = self.count == (3, 99, 2)[kind], self.count == (99, 4, 2)[kind]
         reward = 10 * self.episode + self.count if self.reward is None else self.reward
+        if self.reward == "action":
+            reward = float(action @ np.array([1, 10, 100]))
         return self._obs(), reward, terminated, truncated, {}
+
+
+class Rendered(Scripted):
+    metadata: ClassVar[dict] = {"render_modes": ["rgb_array"], "render_fps": 10}
+
+    def __init__(self, render_mode=None):
+        super().__init__()
+        self.render_mode = render_mode
+
+    def render(self):
+        return np.full((32, 32, 3), 20 * self.count, np.uint8)
 
 
 class Broken(Scripted):
@@ -49,6 +67,9 @@ box = gym.spaces.Box(-1, 1, (2,), np.float32)
 gym.register("Scripted-v0", Scripted)
 gym.register("ScriptedMatrix-v0", Scripted, kwargs={"shape": (3, 2)})
 gym.register("ScriptedNaNReward-v0", Scripted, kwargs={"reward": float("nan")})
+gym.register("ScriptedActionReward-v0", Scripted, kwargs={"reward": "action"})
+gym.register("Rendered-v0", Rendered)
+gym.register("IntegerAction-v0", Broken, kwargs={"action_space": gym.spaces.Box(0, 5, (2,), np.int32)})
 gym.register("DictObs-v0", Broken, kwargs={"observation_space": gym.spaces.Dict({"a": box})})
 gym.register("Unbounded-v0", Broken, kwargs={"action_space": gym.spaces.Box(-np.inf, np.inf, (2,), np.float32)})
 gym.register("MatrixAction-v0", Broken, kwargs={"action_space": gym.spaces.Box(-1, 1, (2, 2), np.float32)})

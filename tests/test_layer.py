@@ -67,6 +67,18 @@ def test_is_initialised_as_linear():
     assert torch.equal(layer.master, linear.weight) and torch.equal(layer.bias, linear.bias)
 
 
+def test_takes_device_and_dtype_and_leaves_subclasses_of_linear_alone():
+    assert NMLinear(8, 4, dtype=torch.float64, device="cpu", n=2, m=4)(torch.ones(1, 8, dtype=torch.float64)).shape == (
+        1,
+        4,
+    )
+    attention = nn.MultiheadAttention(8, 2)  # reads the weight of its projection instead of calling it
+    x = torch.randn(3, 1, 8)
+    assert torch.equal(
+        sparsify(nn.ModuleList([attention, nn.Linear(8, 4)]), 2, 4)[0](x, x, x)[0], attention(x, x, x)[0]
+    )
+
+
 def test_state_dict_round_trip_continues_the_same():
     torch.manual_seed(0)
     first = NMLinear(16, 8, n=2, m=4)

@@ -6,11 +6,11 @@ import math
 from itertools import pairwise
 from pathlib import Path
 
-import environments  # noqa: F401, registers the environments
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from environments import Scripted
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import rnm_td3_continuous as rnm
@@ -47,6 +47,57 @@ def test_transitions_land_in_the_buffer(script):
         assert terminated[i] == terminal
         assert gym.make("Scripted-v0").action_space.contains(action[i])
     assert len(np.unique(action[:20], axis=0)) == 20  # the random ones: what comes later may be clipped to a corner
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_acting_and_updating(script, monkeypatch):
+    """Random actions before learning, noisy ones after; one critic update a step, an actor update every second."""
+    calls = []
+    critics, actor, act = script.TD3.update_critics, script.TD3.update_actor, script.Actor.act
+    monkeypatch.setattr(
+        script.TD3, "update_critics", lambda self, batch: calls.append(len(batch[0])) or critics(self, batch)
+    )
+    monkeypatch.setattr(script.TD3, "update_actor", lambda self, obs: calls.append("actor") or actor(self, obs))
+    clean, noises = [], []
+
+    def spy(self, obs, noise=0.0):
+        noises.append(noise)
+        clean.append(act(self, obs))
+        return act(self, obs, noise)
+
+    monkeypatch.setattr(script.Actor, "act", spy)
+    _, buffer, _ = script.train(script.Args(**{**SMALL, "total_timesteps": 40, "exploration_noise": 0.3}))
+    space = gym.make("Scripted-v0").action_space
+    space.seed(1)
+    stored = buffer.rows[:40, 2:5].numpy()
+    assert (stored[:20] == np.stack([space.sample() for _ in range(20)])).all()
+    assert calls == [8, 8, "actor"] * 10
+    assert noises[:20] == [0.3] * 20
+    half_range = (space.high - space.low) / 2
+    assert 0.05 < ((stored[20:] - np.stack(clean[:20])) / half_range).std() < 0.4
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_evaluation(script):
+    """On an environment of its own, seeded apart and alike each time, with the policy and without noise."""
+    Scripted.resets.clear()
+    settings = {**SMALL, "env_id": "ScriptedActionReward-v0", "eval_interval": 20, "eval_episodes": 2}
+    agent, buffer, folder = script.train(script.Args(**settings))
+    (train_env, train_seed), *_ = Scripted.resets
+    assert train_seed == 1
+    others = [(env, seed) for env, seed in Scripted.resets if env is not train_env]
+    assert len({id(env) for env, _ in others}) == 1 and [seed for _, seed in others] == [101, None] * 3
+    assert buffer.rows[:60, 0].max() == 19  # training went through its own episodes only
+    env, returns = gym.make("ScriptedActionReward-v0"), []
+    for _ in range(6):  # the evaluation environment plays its episodes in turn: the last evaluation saw these two last
+        obs, _ = env.reset()
+        episodic_return, done = 0.0, False
+        while not done:
+            obs, reward, terminated, truncated, _ = env.step(agent.actor.act(obs))
+            episodic_return, done = episodic_return + reward, terminated or truncated
+        returns.append(episodic_return)
+    last = read_csv(folder / "evaluations.csv")[-1]
+    assert [float(last["return_1"]), float(last["return_2"])] == pytest.approx(returns[4:], rel=1e-6)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -203,6 +254,32 @@ def test_non_finite_values_stop_the_run_and_keep_its_files(script):
         script.train(script.Args(**{**SMALL, "env_id": "ScriptedNaNReward-v0"}))
     (folder,) = Path("runs").iterdir()
     assert len((folder / "episodes.csv").read_text().splitlines()) > 5
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("changes", [{"total_timesteps": 21}, {"eval_interval": 1}])
+def test_a_non_finite_loss_stops_before_the_policy_is_played_or_the_run_ends(script, changes):
+    settings = {**SMALL, "env_id": "ScriptedNaNReward-v0", "policy_frequency": 1000, **changes}
+    with pytest.raises(FloatingPointError, match="step 21: not finite: losses/qf1_"):
+        script.train(script.Args(**settings))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_video_of_training_and_of_evaluation(script, monkeypatch):
+    _, _, folder = script.train(script.Args(**{**SMALL, "env_id": "Rendered-v0"}, capture_video=True, save_model=True))
+    trained = {path.name for path in (folder / "videos").glob("*.mp4")}
+    assert "rl-video-episode-0.mp4" in trained
+    script.evaluate_model(script.Args(evaluate=str(folder / "model.pt"), eval_episodes=2, capture_video=True))
+    videos = {path.name for path in (folder / "videos").glob("*.mp4")}
+    assert videos - trained == {"evaluation-episode-0.mp4", "evaluation-episode-1.mp4"}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_without_a_terminal_there_are_lines(script, capsys):
+    script.train(script.Args(**SMALL))
+    out = capsys.readouterr().out.splitlines()
+    assert out[0].startswith("Scripted-v0 on cpu, 1 threads, run folder runs/Scripted-v0__")
+    assert out[-1].startswith("step 60/60, ") and " steps/s, return 546.0, evaluation nan" in out[-1]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -12,7 +12,7 @@ OBS, LOW, HIGH = 5, np.array([-1.0, 0.0, -3.0]), np.array([1.0, 0.5, 1.0])
 
 
 def brute_force_mask(w, n, m):
-    """In every group, the subset with the largest sum of magnitudes; the lexicographically first of equal ones."""
+    """In every group, the subset with the largest magnitudes; the lexicographically first of equal ones."""
     mask = np.zeros(w.shape, dtype=bool)
     for row, line in enumerate(np.abs(w)):
         for start in range(0, w.shape[1], m):
