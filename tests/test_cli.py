@@ -51,7 +51,7 @@ BAD = {
     "--env-id Scripted-v0 --capture-video": "to render without a screen, try MUJOCO_GL=egl",
     "--env-id Scripted-v0 --buffer-size 1000000000000000": "no memory for --hidden-sizes or --buffer-size; lower them",
     "--env-id Scripted-v0 --buffer-size 1000000000000000000000000": "no memory for --hidden-sizes or --buffer-size",
-    "--env-id Scripted-v0 --hidden-sizes 1000000000 1000000000": "no memory for --hidden-sizes or --buffer-size",
+    "--env-id Scripted-v0 --hidden-sizes 1000000000000000": "no memory for --hidden-sizes or --buffer-size",
     "--evaluate model.pt --eval-episodes 0": "--eval-episodes is 0;",
     "--evaluate=": ": cannot be read",
 }
