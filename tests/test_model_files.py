@@ -23,8 +23,7 @@ def test_loaded_policy_acts_the_same(script, changes):
         changes = {**changes, "n": 1, "m": 4, "dense_layers": "last", "mask_update_interval": 5}
     agent, _, folder = script.train(script.Args(**SMALL, **changes, save_model=True))
     policy = script.load_actor(folder / "model.pt")
-    for _ in range(20):
-        obs = np.random.default_rng(0).normal(size=2)
+    for obs in np.random.default_rng(0).normal(size=(20, 2)):
         assert policy(obs).dtype == np.float32 and (policy(obs) == agent.actor.act(obs)).all()
 
 

@@ -265,7 +265,7 @@ def test_a_non_finite_loss_stops_before_the_policy_is_played_or_the_run_ends(scr
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_video_of_training_and_of_evaluation(script, monkeypatch):
+def test_video_of_training_and_of_evaluation(script):
     _, _, folder = script.train(script.Args(**{**SMALL, "env_id": "Rendered-v0"}, capture_video=True, save_model=True))
     trained = {path.name for path in (folder / "videos").glob("*.mp4")}
     assert "rl-video-episode-0.mp4" in trained
