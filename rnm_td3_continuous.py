@@ -1,17 +1,20 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = ["torch==2.13.0", "gymnasium[mujoco]==1.4.0", "mujoco==4.0.0", "numpy==2.4.6", "tyro==1.0.17",
-#   "wandb==0.31.0", "tensorboard==2.21.0", "tqdm==4.70.1", "moviepy==2.2.1"]
+#   "wandb==0.31.0", "tensorboard==2.21.0", "tqdm==4.70.1", "moviepy==2.2.1", "ninja==1.13.2"]
 # ///
 """RNM-TD3: TD3 whose six networks are N:M sparse from the first step to the last (arXiv 2602.14578)."""
 
 import copy
 import difflib
+import functools
+import hashlib
 import json
 import math
 import os
 import random
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -26,6 +29,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
+from torch.sparse import SparseSemiStructuredTensorCUSPARSELT, SparseSemiStructuredTensorCUTLASS
+from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
+from torch.utils import cpp_extension
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -66,6 +72,8 @@ class Args:
     mask_update_interval: int = 1000  # K: critic updates between projections of all networks (0 = masks never change)
     target_mask: Literal["own", "online"] = "own"  # targets' masks: projection of their own weights, or online's masks
     dense_layers: Literal["none", "first", "last", "first,last"] = "none"  # layers of every network that stay dense
+    backend: Literal["auto", "masked", "native", "semi_structured"] = "auto"  # of the products; auto: the fastest here
+    semi_structured_dtype: Literal["bfloat16", "float16"] = "bfloat16"  # of its 2:4 products (1:2 has float32 alone)
     save_masks: bool = True  # write all masks to `masks/` in the run folder, at the start and at every projection
 
 
@@ -120,23 +128,32 @@ class NMLinear(nn.Module):
       index   [R, A] int64: their columns, ascending in each row
       master  [R, C] dense W: its inactive entries (E = 0) are frozen until a projection brings them back;
                      its active entries are as old as the last `sync()`
+    Backends compute the same: `masked` with W~ as a dense matrix, the reference; `native` with kernels that skip the
+    zeros (float32 on the CPU; call `load_kernels` first); `semi_structured` with PyTorch's tensors of that name (CUDA).
     """
 
-    def __init__(self, in_features, out_features, bias=True, device=None, dtype=None, *, n: int, m: int, linear=None):
+    def __init__(
+        self, in_features, out_features, bias=True, device=None, dtype=None, *, n: int, m: int,
+        linear: nn.Linear | None = None, backend: str = "masked", product_dtype: torch.dtype = torch.bfloat16,
+    ):  # fmt: skip
         """Initialised as `nn.Linear`, on the dense W, or with a copy of `linear`. Raises ValueError for a wrong N:M."""
         super().__init__()
         linear = copy.deepcopy(linear) if linear else nn.Linear(in_features, out_features, bias, device, dtype)
         self.in_features, self.out_features, self.n, self.m = in_features, out_features, n, m
+        self.backend, self.product_dtype = backend, torch.float32 if m == 2 else product_dtype
         self.register_buffer("master", linear.weight.detach())
         self.register_buffer("index", self._projected_index())
         self.values = nn.Parameter(self.master.gather(1, self.index))
         self.bias = linear.bias
         self.state_masters: dict[str, torch.Tensor] = {}  # the optimizer's state of all entries, each [R, C]
+        self.register_buffer("layout", None, persistent=False)  # what the backend makes of the index
+        self.register_load_state_dict_post_hook(lambda layer, _: layer.refresh())
+        self.refresh()
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, n: int, m: int) -> "NMLinear":
+    def from_linear(cls, linear: nn.Linear, n: int, m: int, **options) -> "NMLinear":
         """The N:M projection of a dense layer (a copy). Raises ValueError if not 1 <= n <= m."""
-        return cls(linear.in_features, linear.out_features, n=n, m=m, linear=linear)
+        return cls(linear.in_features, linear.out_features, n=n, m=m, linear=linear, **options)
 
     def to_linear(self) -> nn.Linear:
         """Dense layer that computes the same, with zeros in place of the inactive weights (a copy)."""
@@ -153,7 +170,21 @@ class NMLinear(nn.Module):
         return torch.zeros_like(self.master, dtype=torch.bool).scatter_(1, self.index, True)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.backend == "native":
+            return native_mlp(x, [self])
+        if self.backend == "semi_structured":
+            y = SemiStructuredProduct.apply(x.reshape(-1, self.in_features), self.values, self)
+            return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], self.out_features)
         return F.linear(x, self.sparse_weight(), self.bias)  # [B, C] -> [B, R]
+
+    def refresh(self) -> None:
+        """Follow a change of the index in what the backend keeps of it."""
+        if self.backend == "native":
+            self.layout = torch.ops.rnm_td3.layout(self.index, self.in_features)
+        elif self.backend == "semi_structured":
+            kind, mask = semi_structured_pad(self, self.mask())
+            cutlass = kind is SparseSemiStructuredTensorCUTLASS
+            self.layout = sparse_semi_structured_from_dense_cutlass(mask)[1] if cutlass else None
 
     @torch.no_grad()
     def sync(self) -> torch.Tensor:
@@ -183,18 +214,26 @@ class NMLinear(nn.Module):
                 active.copy_(state_master.scatter_(1, self.index, active).gather(1, index))
         self.values.copy_(master.gather(1, index))
         self.index.copy_(index)
+        self.refresh()
         return int((self.mask() != old_mask).sum())
 
     def _projected_index(self) -> torch.Tensor:
         return nm_mask(self.master, self.n, self.m).nonzero()[:, 1].reshape(self.out_features, -1).contiguous()
 
 
-def sparsify(network: nn.Module, n: int, m: int, dense_layers: str = "none") -> nn.Module:
-    """Replace the linear layers of a network by N:M ones, in place; the first, last or both may stay dense."""
+def sparsify(network: nn.Module, n: int, m: int, dense_layers: str = "none", **options) -> nn.Module:
+    """Replace the linear layers of a network by N:M ones, in place; the first, last or both may stay dense.
+
+    `options` are those of `NMLinear`: backend, product_dtype. `native` runs a whole nn.Sequential of them as one call.
+    """
     linears = [name for name, module in network.named_modules() if type(module) is nn.Linear]
     start, stop = int("first" in dense_layers), len(linears) - int("last" in dense_layers)
     for name in linears[start:stop]:
-        network.set_submodule(name, NMLinear.from_linear(network.get_submodule(name), n, m))
+        network.set_submodule(name, NMLinear.from_linear(network.get_submodule(name), n, m, **options))
+    for name, module in list(network.named_modules()) if options.get("backend") == "native" else ():
+        kinds = [type(child) for child in module.children()]
+        if name and type(module) is nn.Sequential and kinds == [NMLinear, nn.ReLU] * (len(kinds) // 2) + [NMLinear]:
+            network.set_submodule(name, NMSequential(*module))
     return network
 
 
@@ -217,6 +256,476 @@ def save_masks(folder: Path, layers: dict[str, NMLinear], step: int, update: int
         np.savez_compressed(file, step=step, update=update, layers=list(layers), shapes=shapes, bits=bits ^ previous)
     os.replace(folder / "incomplete", folder / f"{update:09d}.npz")
     return bits
+
+
+# ---------------------------------------------------------------- CPU kernels
+
+# Lanes are samples: a tile of samples lies feature-major, so that an active weight is one scalar times a few contiguous
+# vectors. That skips the zeros of any pattern and size without gathers, and serves W~ and its transpose alike.
+KERNELS = r"""
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+using at::Tensor, at::TensorList, std::min, std::max;
+
+#if defined(__AVX512F__)
+constexpr int V = 16;  // lanes of a vector
+#elif defined(__AVX2__)
+constexpr int V = 8;
+#else
+constexpr int V = 4;
+#endif
+constexpr int T = 8, TILE = T * V;  // one feature of a tile is 8 vectors: 8 sums hide the latency of a multiply-add
+constexpr int BLOCK = 8192 / TILE;  // features of a tile that fill a first-level cache of 32 KB
+#define UNROLL _Pragma("GCC unroll 16")
+#define INLINE static inline __attribute__((always_inline))
+typedef float vec __attribute__((vector_size(4 * V), aligned(4), may_alias));
+typedef int ivec __attribute__((vector_size(4 * V)));
+typedef uint16_t lanes __attribute__((vector_size(2 * V), aligned(2), may_alias));
+INLINE vec load(const float* p) { return *(const vec*)p; }
+INLINE void store(float* p, vec v) { *(vec*)p = v; }
+
+// Of V vectors in registers, swap the off-diagonal H x H blocks, then those of half the size, and so on: a transpose.
+// Or add the halves instead: in the end, lane i of r[0] is the sum over the lanes of r[i].
+template <bool ADD, int H, int... K> INLINE void swap_blocks(vec* r, std::integer_sequence<int, K...> k) {
+  const ivec low = {(K & H ? V + K - H : K)...}, high = {(K & H ? V + K : K + H)...};
+  UNROLL for (int i = 0; i < (ADD ? H : V); i++) if (!(i & H)) {
+    const vec a = __builtin_shuffle(r[i], r[i + H], low), b = __builtin_shuffle(r[i], r[i + H], high);
+    r[i] = ADD ? a + b : a;
+    if (!ADD) r[i + H] = b;
+  }
+  if constexpr (H > 1) swap_blocks<ADD, H / 2>(r, k);
+}
+INLINE void transpose(vec* r) { swap_blocks<false, V / 2>(r, std::make_integer_sequence<int, V>()); }
+INLINE void add_lanes(vec* r) { swap_blocks<true, V / 2>(r, std::make_integer_sequence<int, V>()); }
+
+// A tile of x (batch-major, rows of C) to [C][TILE] (IN), or back. Samples that x lacks are zeros in the tile.
+template <bool IN, bool WHOLE> INLINE void turn_block(float* x, int64_t C, float* tile, int samples, int features) {
+  const int S = WHOLE ? V : samples, F = WHOLE ? V : features;
+  vec r[V] = {};
+  if (IN) {
+    UNROLL for (int i = 0; i < S; i++) memcpy(&r[i], x + i * C, 4 * F);
+    transpose(r);
+    UNROLL for (int i = 0; i < F; i++) store(tile + i * TILE, r[i]);
+  } else {
+    UNROLL for (int i = 0; i < F; i++) r[i] = load(tile + i * TILE);
+    transpose(r);
+    UNROLL for (int i = 0; i < S; i++) memcpy(x + i * C, &r[i], 4 * F);
+  }
+}
+template <bool IN> static void turn(const float* x, int64_t samples, int64_t C, float* tile) {
+  for (int64_t c = 0; c < C; c += V) for (int64_t s = 0; s < TILE; s += V) {
+    float *from = (float*)x + s * C + c, *to = tile + c * TILE + s;
+    const int S = max<int64_t>(0, min<int64_t>(V, samples - s)), F = min<int64_t>(V, C - c);
+    if (S == V && F == V) turn_block<IN, true>(from, C, to, S, F); else turn_block<IN, false>(from, C, to, S, F);
+  }
+}
+
+// One layer. What its mask compiles to stands in one int tensor, `layout`:
+//   range, column    W~: the values [begin, end) of each row by block of columns, [blocks][R][2]; their columns, [R][A]
+//   t_range, row     its transpose: the like ranges [t_blocks][C][2]; the row of each value, column by column
+//   place            where in the transpose each value of W~ stands, [R][A]
+//   lane             column % V of V rows side by side, [R / V][A][V]; of use if the rows are regular: if value j of
+//                    every row lies among the same V columns, as it does when M divides V
+struct Layer {
+  int64_t R, A, C, blocks, t_blocks, size;
+  int *irregular, *range, *t_range, *place;
+  uint16_t *column, *row;
+  lanes* lane;
+  Tensor values, bias;
+  const float *v, *b = nullptr;
+  Layer(int64_t R, int64_t A, int64_t C, int* p) : R(R), A(A), C(C), irregular(p), range(p + 1) {
+    blocks = (C + BLOCK - 1) / BLOCK, t_blocks = (R + BLOCK - 1) / BLOCK;
+    t_range = range + 2 * blocks * R, place = t_range + 2 * t_blocks * C;
+    column = (uint16_t*)(place + R * A), row = column + R * A, lane = (lanes*)(row + R * A);
+    size = place + 2 * R * A + (R + V - 1) / V * V / 2 * A - p;
+  }
+  Layer(int64_t C, const Tensor& values_, const Tensor& bias_, const Tensor& layout)
+      : Layer(values_.size(0), values_.size(1), C, layout.data_ptr<int>()) {
+    TORCH_CHECK(size == layout.numel(), "x or values do not fit the layout");
+    TORCH_CHECK(bias_.numel() == R || bias_.numel() == 0, "the bias needs a number for each row, or none at all");
+    values = values_.contiguous(), bias = bias_.contiguous(), v = values.data_ptr<float>();
+    if (bias.numel()) b = bias.data_ptr<float>();
+  }
+};
+Tensor layout(const Tensor& index_, int64_t columns) {
+  const Tensor index = index_.contiguous();
+  const int64_t R = index.size(0), A = index.size(1), *id = index.data_ptr<int64_t>();
+  TORCH_CHECK(max(R, columns) <= 65536 && R * A <= INT_MAX / 4, "native layers have up to 65536 neurons");
+  Tensor out = at::zeros({Layer(R, A, columns, nullptr).size}, at::kInt);
+  const Layer l(R, A, columns, out.data_ptr<int>());
+  for (int64_t r = 0; r < R; r++) for (int64_t b = 0, j = r * A; b < l.blocks; b++) {
+    l.range[2 * (b * R + r)] = j;
+    for (; j < (r + 1) * A && id[j] < (b + 1) * BLOCK; j++) {
+      TORCH_CHECK(id[j] >= 0 && id[j] < columns, "index out of range");
+      l.column[j] = id[j];
+      l.t_range[2 * (r / BLOCK * columns + id[j]) + 1]++;  // at first the number of values,
+      *l.irregular |= id[j] / V != id[j % A] / V;
+    }
+    l.range[2 * (b * R + r) + 1] = j;
+  }
+  for (int64_t i = 0, begin = 0; i < l.t_blocks * columns; i++) {  // then where they begin,
+    const int count = l.t_range[2 * i + 1];
+    l.t_range[2 * i] = l.t_range[2 * i + 1] = begin;
+    begin += count;
+  }
+  for (int64_t r = 0; r < R; r++) for (int64_t j = r * A; j < (r + 1) * A; j++) {
+    const int end = l.t_range[2 * (r / BLOCK * columns + id[j]) + 1]++;  // and last where they end
+    l.row[end] = r, l.place[j] = end, l.lane[r / V * A + j % A][r % V] = id[j] % V;
+  }
+  return out;
+}
+
+// A tile of Y = X W~^T + b, and of dX = G W~ with the transpose: out[r] = bias[r] + sum of v[j] in[index[j]] over the
+// ranges of r. Then a ReLU, or its gradient: zero where the gate is.
+static void product(const float* v, const uint16_t* index, const int* range, int64_t blocks, int64_t rows,
+                    const float* in, float* out, const float* bias, bool relu, const float* gate) {
+  for (int64_t block = 0; block < blocks; block++) for (int64_t r = 0; r < rows; r++, range += 2) {
+    for (int j = range[2]; j < range[2] + range[1] - range[0]; j += 16)  // of the next row
+      __builtin_prefetch(v + j), __builtin_prefetch(index + j);
+    vec sum[T];
+    UNROLL for (int k = 0; k < T; k++) sum[k] = block ? load(out + r * TILE + k * V) : vec{} + (bias ? bias[r] : 0);
+    for (int j = range[0]; j < range[1]; j++) {
+      const float* x = in + index[j] * TILE;
+      UNROLL for (int k = 0; k < T; k++) sum[k] += v[j] * load(x + k * V);
+    }
+    const bool last = block == blocks - 1;
+    if (last && relu) UNROLL for (int k = 0; k < T; k++) sum[k] = sum[k] < 0.f ? vec{} : sum[k];
+    if (last && gate)
+      UNROLL for (int k = 0; k < T; k++) sum[k] = load(gate + r * TILE + k * V) <= 0.f ? vec{} : sum[k];
+    UNROLL for (int k = 0; k < T; k++) store(out + r * TILE + k * V, sum[k]);
+  }
+}
+
+// dW~ at the active entries: dot products of a row of G^T with rows of X^T, V values of a row of W~ at once, a group of
+// tiles after the other, so that the rows of X^T stay in the cache from one row of W~ to the next. And db.
+static void weight_gradient(const Layer& l, const float* g, int64_t g_stride, const float* x, int64_t x_stride,
+                            int64_t tiles, int64_t first, int64_t last, float* dv, float* db) {
+  const int64_t group = max<int64_t>(2, BLOCK * l.A / (V * l.C));
+  for (int64_t t0 = 0; t0 < tiles; t0 += group) for (int64_t j = 0; j < l.A; j += V)
+    for (int64_t r = first; r < last; r++) {
+      const int n = min<int64_t>(V, l.A - j);
+      const float* xj[V];
+      vec sum[V] = {}, gr[T];
+      UNROLL for (int i = 0; i < V; i++) xj[i] = x + t0 * x_stride + l.column[r * l.A + j + min(i, n - 1)] * TILE;
+      for (int64_t t = t0; t < min(tiles, t0 + group); t++) {
+        UNROLL for (int k = 0; k < T; k++) gr[k] = load(g + t * g_stride + r * TILE + k * V);
+        UNROLL for (int i = 0; i < V; i++) {
+          UNROLL for (int k = 0; k < T; k++) sum[i] += gr[k] * load(xj[i] + k * V);
+          xj[i] += x_stride;
+        }
+      }
+      add_lanes(sum);
+      float* d = dv + r * l.A + j;
+      if (n == V) store(d, load(d) + sum[0]); else for (int i = 0; i < n; i++) d[i] += sum[0][i];
+    }
+  for (int64_t r = first; l.b && r < last; r++) {
+    vec sum[V] = {};
+    for (int64_t t = 0; t < tiles; t++) for (int k = 0; k < T; k++) sum[0] += load(g + t * g_stride + r * TILE + k * V);
+    add_lanes(sum);
+    db[r] = sum[0][0];
+  }
+}
+
+// One sample, groups of V rows: lanes are rows, and x is picked from a register, if the rows are regular.
+static void rows_of_sample(const Layer& l, const float* x, float* y, int64_t first, int64_t last, bool relu) {
+  for (int64_t group = first; group < last; group++) {
+    const int n = min<int64_t>(V, l.R - group * V);
+    int64_t at[V], j = 0;
+    vec sum, w[V];
+    UNROLL for (int i = 0; i < V; i++) {
+      const int64_t r = group * V + min(i, n - 1);
+      at[i] = r * l.A, sum[i] = l.b ? l.b[r] : 0;
+    }
+    for (; j + V <= l.A && !*l.irregular; j += V) {
+      UNROLL for (int i = 0; i < V; i++) w[i] = load(l.v + at[i] + j);
+      transpose(w);
+      UNROLL for (int i = 0; i < V; i++) {
+        const vec near = load(x + l.column[j + i] / V * V);
+        sum += w[i] * __builtin_shuffle(near, __builtin_convertvector(l.lane[group * l.A + j + i], ivec));
+      }
+    }
+    for (; j < l.A; j++) UNROLL for (int i = 0; i < V; i++) sum[i] += l.v[at[i] + j] * x[l.column[at[i] + j]];
+    sum = relu && sum < 0.f ? vec{} : sum;
+    memcpy(y + group * V, &sum, 4 * n);
+  }
+}
+
+template <int ID> static float* scratch(int64_t n) {  // kept per thread, aligned to cache lines
+  static thread_local std::vector<float> buffer;
+  if ((int64_t)buffer.size() < n + 16) buffer.resize(n + 16);
+  return (float*)(((uintptr_t)buffer.data() + 63) / 64 * 64);
+}
+
+// Linear layers with ReLU between them, with how many inputs, outputs and values come before each.
+struct Network : std::vector<Layer> {
+  std::vector<int64_t> inputs = {0}, outputs = {0}, values = {0};
+  Network(const Tensor& x, TensorList layers) {  // values, bias, layout of each layer in turn
+    for (size_t i = 0; i < layers.size(); i += 3) {
+      const Layer& l = emplace_back(i ? back().R : x.size(1), layers[i], layers[i + 1], layers[i + 2]);
+      inputs.push_back(inputs.back() + l.C), outputs.push_back(outputs.back() + l.R);
+      values.push_back(values.back() + l.R * l.A);
+    }
+  }
+};
+
+// Each tile goes through all layers at once. The tape keeps the input of every layer, tiles as they are.
+std::tuple<Tensor, Tensor> mlp(const Tensor& x_, TensorList layers, bool save) {
+  const Network net(x_, layers);
+  const Tensor x = x_.contiguous();
+  const int64_t B = x.size(0), C = x.size(1), R = net.back().R, width = net.inputs.back();
+  const Tensor y = at::empty({B, R}, x.options());
+  const Tensor tape = at::empty({save ? (B + 127) / 128 * 128 * width : 0}, x.options());  // 128: the longest TILE
+  const float* xp = x.data_ptr<float>();
+  float *yp = y.data_ptr<float>(), *tp = tape.data_ptr<float>();
+  if (!save && B < V) {  // acting: too few samples to fill the lanes
+    for (int64_t s = 0; s < B; s++) {
+      float* in = scratch<0>(width + R + 2 * V * (net.size() + 1));
+      std::copy_n(xp + s * C, C, in);
+      for (const Layer& l : net) {
+        float* out = in + l.C + V;  // a register of the input may reach past its end
+        at::parallel_for(0, (l.R + V - 1) / V, 65536 / (V * l.A) + 1, [&](int64_t first, int64_t last) {
+          rows_of_sample(l, in, out, first, last, &l != &net.back());
+        });
+        in = out;
+      }
+      std::copy_n(in, R, yp + s * R);
+    }
+    return {y, tape};
+  }
+  const int64_t tiles = (B + TILE - 1) / TILE;
+  if (save) std::fill(tp + tiles * TILE * width, tp + tape.numel(), 0);
+  at::parallel_for(0, tiles, 1, [&](int64_t first, int64_t last) {
+    float* own = scratch<0>((width + R) * TILE);
+    for (int64_t t = first, s = t * TILE; t < last; t++, s += TILE) {
+      float* in = save ? tp + t * width * TILE : own;
+      turn<true>(xp + s * C, B - s, C, in);
+      for (const Layer& l : net) {
+        const bool hidden = &l != &net.back();
+        float* out = hidden ? in + l.C * TILE : own + width * TILE;
+        product(l.v, l.column, l.range, l.blocks, l.R, in, out, l.b, hidden, nullptr);
+        in = out;
+      }
+      turn<false>(yp + s * R, B - s, R, in);
+    }
+  });
+  return {y, tape};
+}
+
+std::tuple<Tensor, std::vector<Tensor>> mlp_backward(const Tensor& grad, const Tensor& x, const Tensor& tape,
+                                                     TensorList layers, bool need_x, bool need_w) {
+  const Network net(x, layers);
+  const Tensor g = grad.contiguous(), dx = at::empty({need_x ? x.size(0) : 0, x.size(1)}, x.options());
+  const int64_t B = x.size(0), C = x.size(1), R = net.back().R, L = net.size(), tiles = (B + TILE - 1) / TILE;
+  const int64_t width = net.inputs.back() * TILE, g_width = net.outputs.back() * TILE;
+  TORCH_CHECK(g.size(0) == B && g.size(1) == R, "the gradient has another shape than the output");
+  TORCH_CHECK(tape.numel() >= tiles * width, "no tape for a gradient: mlp was called with save=False");
+  std::vector<Tensor> dw;  // of values and bias of each layer in turn
+  for (const Layer& l : net) {
+    dw.push_back(at::zeros({need_w ? l.R : 0, l.A}, x.options()));
+    dw.push_back(at::zeros({need_w && l.b ? l.R : 0}, x.options()));
+  }
+  const float *gp = g.data_ptr<float>(), *tp = tape.data_ptr<float>();
+  float *dxp = dx.data_ptr<float>(), *gt = scratch<1>(tiles * g_width), *vt = scratch<2>(net.values.back());
+  for (int64_t i = !need_x; i < L; i++)
+    at::parallel_for(0, net[i].R * net[i].A, 8192, [&](int64_t j, int64_t last) {
+      for (; j < last; j++) vt[net.values[i] + net[i].place[j]] = net[i].v[j];
+    });
+  at::parallel_for(0, tiles, 1, [&](int64_t first, int64_t last) {
+    float* own = scratch<0>(C * TILE);
+    for (int64_t t = first, s = t * TILE; t < last; t++, s += TILE) {
+      turn<true>(gp + s * R, B - s, R, gt + t * g_width + net.outputs[L - 1] * TILE);
+      for (int64_t i = L - 1; i >= !need_x; i--) {
+        const Layer& l = net[i];
+        float *from = gt + t * g_width + net.outputs[i] * TILE, *to = i ? from - l.C * TILE : own;
+        const float* gate = i ? tp + t * width + net.inputs[i] * TILE : nullptr;
+        product(vt + net.values[i], l.row, l.t_range, l.t_blocks, l.C, from, to, nullptr, false, gate);
+      }
+      if (need_x) turn<false>(dxp + s * C, B - s, C, own);
+    }
+  });
+  const int64_t shares = need_w ? at::get_num_threads() : 0;  // each thread takes a share of the rows of every layer
+  at::parallel_for(0, shares, 1, [&](int64_t share, int64_t last) {
+    for (; share < last; share++) for (int64_t i = 0; i < L; i++) {
+      const int64_t begin = net[i].R * share / shares, end = net[i].R * (share + 1) / shares;
+      weight_gradient(net[i], gt + net.outputs[i] * TILE, g_width, tp + net.inputs[i] * TILE, width, tiles, begin, end,
+                      dw[2 * i].data_ptr<float>(), dw[2 * i + 1].data_ptr<float>());
+    }
+  });
+  return {dx, dw};
+}
+
+TORCH_LIBRARY(rnm_td3, m) {
+  m.def("layout(Tensor index, int columns) -> Tensor", layout);
+  m.def("mlp(Tensor x, Tensor[] layers, bool save) -> (Tensor y, Tensor tape)");
+  m.def("mlp_backward(Tensor grad, Tensor x, Tensor tape, Tensor[] layers, bool need_x, bool need_w) -> "
+        "(Tensor dx, Tensor[] dlayers)");
+}
+TORCH_LIBRARY_IMPL(rnm_td3, CPU, m) { m.impl("mlp", mlp), m.impl("mlp_backward", mlp_backward); }
+
+template <class F> static auto op(const char* name, F*) {  // through the dispatcher, so that torch.compile can trace it
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<F>();
+}
+std::tuple<Tensor, Tensor> mlp_below_autograd(const Tensor& x, TensorList layers, bool save) {
+  at::AutoDispatchBelowADInplaceOrView guard;
+  static auto mlp_op = op("rnm_td3::mlp", mlp);
+  return mlp_op.call(x, layers, save);
+}
+struct Mlp : torch::autograd::Function<Mlp> {  // in C++: an autograd function in Python costs as much as a product
+  using Context = torch::autograd::AutogradContext;
+  using Tensors = torch::autograd::variable_list;
+  static Tensors forward(Context* ctx, const Tensor& x, TensorList layers) {
+    const auto [y, tape] = mlp_below_autograd(x, layers, true);
+    Tensors saved = {x, tape};
+    saved.insert(saved.end(), layers.begin(), layers.end());
+    ctx->save_for_backward(saved);
+    ctx->mark_non_differentiable({tape});
+    return {y, tape};
+  }
+  static Tensors backward(Context* ctx, const Tensors& grad) {
+    const Tensors saved = ctx->get_saved_variables();
+    const TensorList layers = TensorList(saved).slice(2);
+    const bool need_x = ctx->needs_input_grad(0), need_w = ctx->needs_input_grad({{1, 1 + layers.size()}});
+    static auto backward_op = op("rnm_td3::mlp_backward", mlp_backward);
+    const auto [dx, dw] = backward_op.call(grad[0], saved[0], saved[1], layers, need_x, need_w);
+    Tensors out(1 + layers.size());
+    if (need_x) out[0] = dx;
+    for (size_t i = 0; i < layers.size(); i++)
+      if (i % 3 < 2 && ctx->needs_input_grad(1 + i)) out[1 + i] = dw[i / 3 * 2 + i % 3];
+    return out;
+  }
+};
+TORCH_LIBRARY_IMPL(rnm_td3, Autograd, m) {
+  m.impl("mlp", [](const Tensor& x, TensorList layers, bool save) {
+    if (!save) return mlp_below_autograd(x, layers, save);
+    const auto y = Mlp::apply(x, layers);
+    return std::make_tuple(y[0], y[1]);
+  });
+}
+"""
+
+
+@functools.cache
+def load_kernels() -> str | None:
+    """Register `torch.ops.rnm_td3`, compiled on the first call on a machine. Returns why that failed, or None."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    flags = {"AVX512": ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mfma"], "AVX2": ["-mavx2", "-mfma"]}
+    flags = ["-O3", "-std=c++20", "-fopenmp", "-fno-tree-vectorize", *flags.get(capability, [])]
+    key = hashlib.sha256("".join([KERNELS, *flags, torch.__version__]).encode()).hexdigest()[:16]
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
+    library = root / f"rnm_td3_{key}.so"
+    try:
+        if library.exists():
+            torch.ops.load_library(library)
+        else:
+            print(f"compiling the CPU kernels, once ({capability}, {library})", file=sys.stderr, flush=True)
+            root.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=root) as folder:  # moved when it is whole: other runs may look for it
+                options = {"extra_cflags": flags, "extra_ldflags": ["-fopenmp"], "build_directory": folder}
+                cpp_extension.load_inline(
+                    "rnm_td3", KERNELS, **options, is_python_module=False, no_implicit_headers=True
+                )
+                os.replace(Path(folder, "rnm_td3.so"), library)
+    except Exception as error:  # no compiler, no ninja, an old one of either, a folder that cannot be written
+        return f"no CPU kernels, install g++ 11 or later ({type(error).__name__}: {str(error).splitlines()[0][:100]})"
+
+    @torch.library.register_fake("rnm_td3::mlp")
+    def _(x, layers, save):
+        width = x.shape[1] + sum(values.shape[0] for values in layers[:-3:3])
+        tape = (x.shape[0] + 127) // 128 * 128 * width if save else 0
+        return x.new_empty(x.shape[0], layers[-3].shape[0]), x.new_empty(tape)
+
+    @torch.library.register_fake("rnm_td3::mlp_backward")
+    def _(grad, x, tape, layers, need_x, need_w):
+        weights = [tensor for i, tensor in enumerate(layers) if i % 3 < 2]
+        shapes = [(tensor.shape[0] * need_w, *tensor.shape[1:]) for tensor in weights]
+        return x.new_empty(x.shape[0] * need_x, x.shape[1]), [x.new_empty(shape) for shape in shapes]
+
+    return None
+
+
+def native_mlp(x: torch.Tensor, layers: list["NMLinear"]) -> torch.Tensor:
+    """What `layers` with ReLU between them make of x [..., C], float32, in one call of the kernels."""
+    no_bias = x.new_empty(0)
+    tensors = []
+    for layer in layers:
+        tensors += layer.values, no_bias if layer.bias is None else layer.bias, layer.layout
+    y, _ = torch.ops.rnm_td3.mlp.default(x.reshape(-1, x.shape[-1]), tensors, torch.is_grad_enabled())
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+class NMSequential(nn.Sequential):
+    """N:M layers with ReLU between them and native kernels: a single call, instead of one per layer."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return native_mlp(x, [*self][::2])
+
+
+# ---------------------------------------------------------------- semi-structured tensors (CUDA)
+
+
+def semi_structured_pad(layer: NMLinear, matrix: torch.Tensor, columns: int = 1) -> tuple[type, torch.Tensor]:
+    """PyTorch's tensor type for a layer, and `matrix` padded with zeros to its shapes; its rows are C / `columns` long.
+
+    CUTLASS serves GPUs of compute capability 8, cuSPARSELt later ones.
+    """
+    device, dtype = layer.values.device, layer.product_dtype
+    later = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    kind = SparseSemiStructuredTensorCUSPARSELT if later else SparseSemiStructuredTensorCUTLASS
+    limits = kind._DTYPE_SHAPE_CONSTRAINTS[dtype]
+    rows = math.ceil(layer.out_features / limits.sparse_min_rows) * limits.sparse_min_rows
+    width = math.ceil(layer.in_features / limits.sparse_min_cols) * limits.sparse_min_cols // columns
+    return kind, F.pad(matrix.to(dtype), (0, width - matrix.shape[1], 0, rows - matrix.shape[0]))
+
+
+def semi_structured_weight(layer: NMLinear) -> torch.Tensor:
+    """W~ [R, C], padded. CUTLASS takes `values` as they lie, and new metadata only for a new mask."""
+    kind, packed = semi_structured_pad(layer, layer.values.detach(), columns=2)
+    if kind is SparseSemiStructuredTensorCUSPARSELT:  # compresses anew
+        return kind.from_dense(semi_structured_pad(layer, layer.sparse_weight().detach())[1])
+    return kind(torch.Size([packed.shape[0], 2 * packed.shape[1]]), packed, layer.layout, None, None, None)
+
+
+class SemiStructuredProduct(torch.autograd.Function):
+    """y = x W~^T in the layer's `product_dtype`. Row-wise N:M serves this product alone: dX and dW~ are dense ones."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, values: torch.Tensor, layer: NMLinear) -> torch.Tensor:
+        weight = semi_structured_weight(layer)
+        ctx.layer, ctx.dtype, x = layer, x.dtype, x.to(layer.product_dtype)  # [B, C]
+        ctx.save_for_backward(x)
+        y = F.linear(F.pad(x, (0, weight.shape[1] - x.shape[1])), weight)
+        return y[:, : layer.out_features].to(ctx.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor):
+        (x,), layer, grad = ctx.saved_tensors, ctx.layer, grad.to(ctx.layer.product_dtype)
+        dx = (grad @ layer.sparse_weight().to(grad.dtype)).to(ctx.dtype) if ctx.needs_input_grad[0] else None
+        dw = (grad.t() @ x).gather(1, layer.index).to(layer.values.dtype) if ctx.needs_input_grad[1] else None
+        return dx, dw, None
+
+
+def choose_backend(backend: str, n: int, m: int, device: torch.device) -> str:
+    """What `backend` stands for on this machine. Raises UsageError if it cannot be had.
+
+    `auto` is `native` where it was measured to be faster, which is on the CPU from 1:2 on, and where it compiles.
+    """
+    if backend == "semi_structured":
+        if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
+            raise UsageError("--backend semi_structured needs a GPU of compute capability 8.0 or later; try auto")
+        if (n, m) not in ((2, 4), (1, 2)) or (m == 2 and torch.cuda.get_device_capability(device) >= (9, 0)):
+            raise UsageError(f"--backend semi_structured is not for {n}:{m} on this GPU; give --n 2 --m 4, or try auto")
+    wanted = device.type == "cpu" and 2 * n <= m and torch.get_default_dtype() == torch.float32
+    if backend == "native" and device.type != "cpu":
+        raise UsageError("--backend native is for the CPU; add --no-cuda, or try auto")
+    if backend == "native" or (backend == "auto" and wanted):
+        if (problem := load_kernels()) is None:
+            return "native"
+        if backend == "native":
+            raise UsageError(f"--backend native: {problem}")
+        print(f"--backend masked: {problem}", file=sys.stderr)
+    return "masked" if backend == "auto" else backend
 
 
 # ---------------------------------------------------------------- networks
@@ -432,16 +941,19 @@ def read_model(path: str | Path) -> dict:
     return model
 
 
-def load_actor(path: str | Path) -> Callable[[np.ndarray], np.ndarray]:
+def load_actor(path: str | Path, backend: str = "auto") -> Callable[[np.ndarray], np.ndarray]:
     """Policy of a `model.pt`: observation, as the environment gives it, to action [A], no noise. Raises UsageError."""
     model = read_model(path)
     try:
         args, state, _ = model["args"], model["actor"], model["args"]["env_id"]
         actor = Actor(model["obs_dim"], state["action_low"], state["action_high"], args["hidden_sizes"])
-        sparsify(actor, args["n"], args["m"], args["dense_layers"])
+        backend = choose_backend(backend, args["n"], args["m"], torch.device("cpu"))
+        sparsify(actor, args["n"], args["m"], args["dense_layers"], backend=backend)
         masters = {key: torch.zeros_like(value) for key, value in actor.state_dict().items() if key.endswith(".master")}
         actor.load_state_dict(masters | state)
         actor.act(np.zeros(model["obs_dim"]))
+    except UsageError:
+        raise
     except Exception as error:  # a part is missing, or has the wrong type, shape or range
         raise UsageError(f"{path}: damaged model file: {error!r}") from error
     return actor.act
@@ -484,8 +996,10 @@ class TD3:
         self.actor = Actor(obs_dim, action_low, action_high, args.hidden_sizes).to(device)
         self.qf1 = QNetwork(obs_dim, len(action_low), args.hidden_sizes).to(device)
         self.qf2 = QNetwork(obs_dim, len(action_low), args.hidden_sizes).to(device)
+        args.backend = choose_backend(args.backend, args.n, args.m, device)  # for `config.json` too
+        options = {"backend": args.backend, "product_dtype": getattr(torch, args.semi_structured_dtype)}
         for network in (self.actor, self.qf1, self.qf2):
-            sparsify(network, args.n, args.m, args.dense_layers)
+            sparsify(network, args.n, args.m, args.dense_layers, **options)
         self.actor_target = copy.deepcopy(self.actor).requires_grad_(False)
         self.qf1_target = copy.deepcopy(self.qf1).requires_grad_(False)
         self.qf2_target = copy.deepcopy(self.qf2).requires_grad_(False)

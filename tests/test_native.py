@@ -1,0 +1,289 @@
+"""The CPU kernels against float64, dense matrices and PyTorch's own checks of operators."""
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rnm_td3_continuous import TD3, Args, NMLinear, NMSequential, load_kernels, sparsify
+
+SCRIPT = Path(__file__).parents[1] / "rnm_td3_continuous.py"
+needs_kernels = pytest.mark.skipif(load_kernels() is not None, reason=str(load_kernels()))
+
+
+def network(sizes, n, m, bias=True, seed=0, **options):
+    torch.manual_seed(seed)
+    layers = [layer for i in range(1, len(sizes)) for layer in (nn.Linear(*sizes[i - 1 : i + 1], bias), nn.ReLU())]
+    return sparsify(nn.ModuleDict({"net": nn.Sequential(*layers[:-1])}), n, m, **options)["net"]
+
+
+def in_float64(net):
+    """The same weights as dense float64 matrices: nothing of the kernels, nothing of the layer."""
+    return nn.Sequential(*(layer.to_linear().double() if isinstance(layer, NMLinear) else layer for layer in net))
+
+
+def close(got, want, what):
+    error = (got.double() - want).abs().max().item() if want.numel() else 0.0
+    assert error <= 1e-5 * max(1e-3, want.abs().max().item() if want.numel() else 0.0), (what, error)
+
+
+@pytest.fixture
+def poisoned():
+    """What PyTorch hands out uninitialised is NaN: an output that is not written shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def check(sizes, batch, n, m, bias, contiguous, seed):
+    net = network(sizes, n, m, bias, seed, backend="native")
+    reference = in_float64(net)
+    x = torch.randn(batch, sizes[0]) if contiguous else torch.randn(sizes[0], 2 * batch).t()[::2]
+    grad = torch.randn(batch, sizes[-1]) if contiguous else torch.randn(sizes[-1], batch).t()
+    with torch.no_grad():
+        close(net(x), reference(x.double()), "output without a tape")
+    x, x64 = x.detach().requires_grad_(), x.double().requires_grad_()
+    y, y64 = net(x), reference(x64)
+    close(y, y64, "output")
+    y.backward(grad)
+    y64.backward(grad.double())
+    close(x.grad, x64.grad, "dX")
+    for i in range(0, len(net), 2):
+        close(net[i].values.grad, reference[i].weight.grad.gather(1, net[i].index), f"dW of layer {i}")
+        if bias:
+            close(net[i].bias.grad, reference[i].bias.grad, f"db of layer {i}")
+
+
+@needs_kernels
+@pytest.mark.usefixtures("poisoned")
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(st.integers(1, 70), min_size=2, max_size=4),
+    st.integers(0, 150),
+    st.sampled_from(
+        [(1, 2), (2, 4), (1, 4), (3, 4), (2, 8), (1, 8), (1, 16), (5, 16), (4, 4), (2, 3), (3, 7), (1, 99)]
+    ),
+    st.booleans(),
+    st.booleans(),
+    st.integers(0, 1000),
+)
+def test_networks_match_float64(sizes, batch, pattern, bias, contiguous, seed):
+    check(sizes, batch, *pattern, bias, contiguous, seed)
+
+
+@needs_kernels
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("pattern", [(2, 4), (1, 4), (1, 8), (1, 16)])
+@pytest.mark.parametrize("batch", [1, 256])
+def test_sizes_of_td3_and_beyond_a_block_match_float64(batch, pattern):
+    check([17, 256, 256, 6], batch, *pattern, True, True, 0)
+    check([300, 520, 1], batch, *pattern, True, False, 1)
+
+
+@needs_kernels
+def test_scratch_memory_keeps_nothing_of_an_earlier_call():
+    net = network([70, 90, 60, 5], 1, 4, backend="native")
+    x = torch.randn(70, 70)
+    want = net(x)
+    poison = torch.full((200, 70), torch.nan, requires_grad=True)
+    net(poison).sum().backward()
+    with torch.no_grad():
+        net(poison[:1])
+    assert torch.equal(net(x), want)
+
+
+@needs_kernels
+@pytest.mark.parametrize("batch", [1, 5, 70])
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
+def test_nan_and_infinity_reach_what_is_connected_and_nothing_else(poison, batch):
+    net = network([20, 24], 1, 4, backend="native")
+    x = torch.randn(batch, 20)
+    clean = net(x)
+    x[batch // 2, 7] = poison
+    touched = torch.zeros(batch, 24, dtype=torch.bool)
+    touched[batch // 2] = net[0].mask()[:, 7]
+    assert 0 < touched.sum() < 24
+    for y in (net(x), net(x.requires_grad_()), torch.no_grad()(net)(x)):
+        assert not y[touched].isfinite().any()
+        torch.testing.assert_close(y[~touched], clean[~touched])
+    relu = nn.Sequential(*net, nn.ReLU(), nn.Linear(24, 1))
+    native = sparsify(nn.ModuleDict({"net": relu}), 24, 24, backend="native")["net"]
+    assert isinstance(native, NMSequential)
+    native[2].values.data.fill_(1.0)
+    out = native(x).flatten()
+    want = torch.relu(in_float64(net)(x.double()) if not np.isnan(poison) else net(x).double()).sum(1) + native[2].bias
+    assert out[batch // 2].isfinite() == want[batch // 2].isfinite()
+
+
+@needs_kernels
+def test_thread_count_changes_no_bit():
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        net = network([33, 256, 200, 3], 2, 4, backend="native")
+        x = torch.randn(300, 33, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        y = net(x)
+        y.square().sum().backward()
+        results.append([y, torch.no_grad()(net)(x[:1]), x.grad, *(p.grad for p in net.parameters())])
+    torch.set_num_threads(1)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@needs_kernels
+@pytest.mark.parametrize("needs_grad", [False, True])
+def test_operators_pass_pytorchs_opcheck(needs_grad):
+    net = network([10, 12, 5], 2, 4, backend="native").requires_grad_(needs_grad)
+    tensors = [tensor for layer in (net[0], net[2]) for tensor in (layer.values, layer.bias, layer.layout)]
+    x = torch.randn(9, 10, requires_grad=needs_grad)
+    torch.library.opcheck(torch.ops.rnm_td3.mlp.default, (x, tensors, True))
+    y, tape = torch.ops.rnm_td3.mlp(x, tensors, True)
+    frozen = [tensor.detach() for tensor in tensors]
+    args = (torch.randn_like(y), x.detach(), tape, frozen, True, True)
+    torch.library.opcheck(torch.ops.rnm_td3.mlp_backward.default, args)
+    if not needs_grad:
+        torch.library.opcheck(torch.ops.rnm_td3.mlp.default, (x, tensors, False))
+
+
+@needs_kernels
+def test_torch_compile_traces_it_whole():
+    net = network([10, 12, 5], 2, 4, backend="native")
+    x = torch.randn(9, 10)
+    want = torch.autograd.grad(net(x).square().sum(), list(net.parameters()))
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+    got = torch.autograd.grad(compiled(x).square().sum(), list(net.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@needs_kernels
+def test_only_what_is_asked_for_gets_a_gradient():
+    net = network([10, 12, 5], 2, 4, backend="native")
+    x = torch.randn(9, 10, requires_grad=True)
+    whole = torch.autograd.grad(net(x).sum(), [x, *net.parameters()])
+    net.requires_grad_(False)
+    net[2].bias.requires_grad_()
+    y = net(x)
+    assert torch.equal(torch.autograd.grad(y.sum(), [x], retain_graph=True)[0], whole[0])
+    assert torch.equal(torch.autograd.grad(y.sum(), [net[2].bias])[0], whole[-1])
+    assert not net(x.detach()[:0]).isnan().any()
+
+
+@needs_kernels
+def test_layer_alone_and_leading_dimensions():
+    layer = NMLinear(12, 5, n=1, m=4, backend="native")
+    plain = copy.deepcopy(layer)
+    plain.backend = "masked"
+    for shape in ((12,), (3, 12), (2, 3, 12)):
+        x = torch.randn(shape)
+        torch.testing.assert_close(layer(x), plain(x))
+
+
+@needs_kernels
+def test_kernels_follow_projections_and_loaded_states():
+    net = network([16, 24, 4], 1, 4, backend="native")
+    x = torch.randn(7, 16)
+    for layer in (net[0], net[2]):
+        layer.values.data *= 0.01
+        assert layer.project() > 0
+    close(net(x), in_float64(net)(x.double()), "after a projection")
+    other = network([16, 24, 4], 1, 4, seed=5, backend="native")
+    other.load_state_dict(net.state_dict())
+    assert torch.equal(other(x), net(x))
+    assert torch.equal(copy.deepcopy(net)(x), net(x))
+
+
+@needs_kernels
+@pytest.mark.parametrize("dense_layers", ["none", "first", "last"])
+def test_one_td3_update_matches_masked_float64(dense_layers):
+    """All six networks: gradients of critics and actor on one batch, the targets' part included."""
+    args = Args(n=1, m=4, hidden_sizes=(32, 24), dense_layers=dense_layers, policy_noise=0.0, tau=0.3)
+    low, high = np.full(3, -1.0, np.float32), np.ones(3, np.float32)
+    agents = []
+    for dtype, backend in ((torch.float32, "native"), (torch.float64, "masked")):
+        torch.manual_seed(3)
+        args.backend = backend
+        agents.append(TD3(5, low, high, args, torch.device("cpu")))
+        for net in agents[-1].networks.values():
+            net.to(dtype)
+    native, masked = agents
+    assert isinstance(native.actor.net, NMSequential) == (dense_layers == "none")
+    generator = torch.Generator().manual_seed(0)
+    batch = [torch.randn(40, width, generator=generator).squeeze(1) for width in (5, 3, 5, 1)]
+    batch.append((torch.rand(40, generator=generator) < 0.3).float())
+    for agent, dtype in ((native, torch.float32), (masked, torch.float64)):
+        agent.update_critics(tuple(tensor.to(dtype) for tensor in batch))
+    for name in ("qf1", "qf2"):
+        for ours, theirs in zip(*(agent.networks[name].parameters() for agent in agents), strict=True):
+            close(ours.grad, theirs.grad, name)
+            theirs.data.copy_(ours.data)  # Adam's first step is a sign: it may differ where a gradient is zero
+    for agent, dtype in ((native, torch.float32), (masked, torch.float64)):
+        agent.update_actor(batch[0].to(dtype))
+    for ours, theirs in zip(*(agent.actor.parameters() for agent in agents), strict=True):
+        close(ours.grad, theirs.grad, "actor")
+
+
+@needs_kernels
+def test_what_does_not_fit_is_refused():
+    layer = NMLinear(12, 5, n=1, m=4, backend="native")
+    with pytest.raises(RuntimeError, match="do not fit"):
+        layer(torch.randn(3, 16))
+    with pytest.raises(RuntimeError, match="Float"):
+        layer.double()(torch.randn(3, 12).double())
+    with pytest.raises(RuntimeError, match="out of range"):
+        torch.ops.rnm_td3.layout(torch.tensor([[0, 40]]), 12)
+    with pytest.raises(RuntimeError, match="65536"):
+        torch.ops.rnm_td3.layout(torch.zeros(65537, 1, dtype=torch.int64), 12)
+    with pytest.raises(RuntimeError, match="save=False"):
+        tensors = [tensor.detach() for tensor in (layer.values.float(), layer.bias.float(), layer.layout)]
+        y, tape = torch.ops.rnm_td3.mlp(torch.randn(3, 12), tensors, False)
+        torch.ops.rnm_td3.mlp_backward(y, torch.randn(3, 12), tape, tensors, True, True)
+
+
+def run(backend, **environment):
+    command = [sys.executable, SCRIPT, "--env-id", "Pendulum-v1", "--total-timesteps", "20", "--learning-starts", "10"]
+    command += ["--batch-size", "4", "--hidden-sizes", "8", "--eval-interval", "0", "--backend", backend]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
+
+
+@pytest.mark.parametrize(
+    "environment", [{"CXX": "/no/compiler"}, {"TORCH_EXTENSIONS_DIR": "/proc/no"}, {"PATH": "/no"}]
+)
+def test_without_a_compiler_auto_goes_on_and_native_stops(environment, tmp_path):
+    environment = {"TORCH_EXTENSIONS_DIR": str(tmp_path / "empty"), **environment}
+    auto = run("auto", **environment)
+    assert auto.returncode == 0, auto.stderr
+    (line,) = (line for line in auto.stderr.splitlines() if "no CPU kernels" in line)
+    assert line.startswith("--backend masked: no CPU kernels, install g++")
+    assert len(list(Path("runs").iterdir())) == 1
+    native = run("native", **environment)
+    assert native.returncode == 2
+    assert "error: --backend native: no CPU kernels, install g++" in native.stderr.splitlines()[-1]
+    assert "Traceback" not in auto.stderr + native.stderr
+    assert len(list(Path("runs").iterdir())) == 1
+
+
+@needs_kernels
+def test_half_written_library_is_not_taken_for_a_whole_one(tmp_path):
+    """A compile that was killed leaves a folder of its own behind, nothing under the library's name."""
+    (tmp_path / "tmpkilled").mkdir()
+    (tmp_path / "tmpkilled" / "rnm_td3.so").write_bytes(b"half")
+    broken = run("auto", TORCH_EXTENSIONS_DIR=str(tmp_path), CXX="/no/compiler")
+    assert broken.returncode == 0 and "masked" in broken.stderr
+
+
+@pytest.mark.slow
+@needs_kernels
+def test_generic_build_without_avx(tmp_path):
+    """The same source for four lanes and no fused multiply-add: this file's tests, in a process that has no AVX."""
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": "default", "TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-m", "not slow"]
+    result = subprocess.run(command, cwd=SCRIPT.parent, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0 and "skipped" not in result.stdout, result.stdout
