@@ -1,0 +1,380 @@
+"""How fast the products of N:M layers are, against every dense and sparse rival that PyTorch has on this machine.
+
+Forward Y = X W~^T + b, dX = G W~, dW~ = G^T X at the active entries with db, and the three together, as in a step of
+training. Every result is checked against float64 before it is timed; rounds alternate between all rivals.
+"""
+
+import csv
+import json
+import platform
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+import torch.nn.functional as F
+import tyro
+
+from rnm_td3_continuous import (
+    NMLinear,
+    SemiStructuredProduct,
+    UsageError,
+    choose_backend,
+    load_kernels,
+    make_env,
+    semi_structured_weight,
+)
+
+PRODUCTS = ("forward", "dX", "dW", "together")
+
+
+@dataclass
+class Args:
+    sizes: tuple[int, ...] = (128, 256, 512, 1024)  # neurons in and out of the square layers
+    env_id: str = "HalfCheetah-v4"  # also the layers that TD3 has here, with two hidden layers of 256
+    batch_sizes: tuple[int, ...] = (1, 256)  # samples: acting, learning
+    patterns: tuple[str, ...] = ("2:4", "1:4", "1:8", "1:16")  # N:M
+    threads: int = 2  # threads of PyTorch
+    rounds: int = 21  # every rival runs once in each; the table shows medians
+    milliseconds: float = 4.0  # length of a rival's turn in a round, at least one call
+    cuda: bool = True  # measure the GPU instead of the CPU if there is one
+    out: str = "bench"  # folder of bench.csv, bench.json and bench.png
+    seed: int = 1  # of weights and samples
+
+
+def td3_shapes(env_id: str) -> list[tuple[int, int]]:
+    """(in, out) of every linear layer of actor and critic with two hidden layers of 256. Raises UsageError."""
+    env = make_env(env_id)
+    obs, action = env.observation_space.shape[0], env.action_space.shape[0]
+    env.close()
+    return [(obs, 256), (obs + action, 256), (256, 256), (256, action), (256, 1)]
+
+
+# ---------------------------------------------------------------- rivals
+
+# A rival is a dictionary of functions without arguments by product; `forward` returns Y, `dX` dX, `dW` (dW, db), and
+# `together` (Y, dX, dW, db). Where a rival wants a transposed or compressed matrix, it gets it made beforehand, once.
+
+
+def step(forward: Callable, dx: Callable, dw: Callable) -> dict[str, Callable]:
+    return {"forward": forward, "dX": dx, "dW": dw, "together": lambda: (forward(), dx(), *dw())}
+
+
+def dense(x, w, b, g):
+    return step(lambda: F.linear(x, w, b), lambda: g @ w, lambda: (g.t() @ x, g.sum(0)))
+
+
+def onednn(x, w, b, g):
+    product, w_t = torch.ops.mkldnn._linear_pointwise, w.t().contiguous()
+    return step(
+        lambda: product(x, w, b, "none", [], ""),
+        lambda: product(g, w_t, None, "none", [], ""),
+        lambda: (product(g.t().contiguous(), x.t().contiguous(), None, "none", [], ""), g.sum(0)),
+    )
+
+
+def masked(layer, x, b, g):
+    index = layer.index
+    with torch.no_grad():
+        weight = layer.sparse_weight
+        return step(
+            torch.no_grad()(lambda: F.linear(x, weight(), b)),
+            torch.no_grad()(lambda: g @ weight()),
+            torch.no_grad()(lambda: ((g.t() @ x).gather(1, index), g.sum(0))),
+        )
+
+
+def compressed_rows(layer, x, b, g):
+    """PyTorch's CSR: W~ and its transpose, and a product sampled at the pattern of W~."""
+    w = layer.sparse_weight().detach()
+    mask, w_t = layer.mask().float().to_sparse_csr(), w.t().contiguous().to_sparse_csr()
+    w = w.to_sparse_csr()
+    return step(
+        lambda: torch.sparse.mm(w, x.t()).t() + b,
+        lambda: torch.sparse.mm(w_t, g.t()).t(),
+        lambda: (torch.sparse.sampled_addmm(mask, g.t(), x, beta=0).values().view_as(layer.index), g.sum(0)),
+    )
+
+
+def native(layer, x, b, g):
+    """The kernels of rnm_td3_continuous.py. What dX and dW need of the forward pass, `together` includes."""
+    mlp, backward = torch.ops.rnm_td3.mlp.default, torch.ops.rnm_td3.mlp_backward.default
+    tensors = [layer.values.detach(), b, layer.layout]
+    _, tape = mlp(x, tensors, True)
+
+    def together():
+        y, tape = mlp(x, tensors, True)
+        dx, (dv, db) = backward(g, x, tape, tensors, True, True)
+        return y, dx, dv, db
+
+    return {
+        "forward": lambda: mlp(x, tensors, False)[0],
+        "dX": lambda: backward(g, x, tape, tensors, True, False)[0],
+        "dW": lambda: backward(g, x, tape, tensors, False, True)[1],
+        "together": together,
+    }
+
+
+def semi_structured(layer, x, b, g):
+    """Forward with the tensor compressed beforehand; `together` compresses it too, as training has to."""
+    weight, x_half, g_half = semi_structured_weight(layer), x.to(layer.product_dtype), g.to(layer.product_dtype)
+    w = layer.sparse_weight().detach().to(layer.product_dtype)
+    padded = F.pad(x_half, (0, weight.shape[1] - x.shape[1]))
+    rows = layer.out_features
+
+    def together():
+        y = SemiStructuredProduct.apply(x_half, layer.values, layer)[:, :rows] + b
+        return y, g_half @ w, (g_half.t() @ x_half).gather(1, layer.index), g.sum(0)
+
+    products = step(
+        lambda: F.linear(padded, weight)[:, :rows] + b,
+        lambda: g_half @ w,
+        lambda: ((g_half.t() @ x_half).gather(1, layer.index), g.sum(0)),
+    )
+    return {**products, "together": torch.no_grad()(together), "compress": lambda: semi_structured_weight(layer)}
+
+
+def rivals(columns: int, rows: int, batch: int, patterns: list[tuple[int, int]], device: torch.device) -> dict:
+    """Rivals by (name, pattern), and for each the weight that it stands for, to check it against float64."""
+    layer = torch.nn.Linear(columns, rows, device=device)
+    x, g = torch.randn(batch, columns, device=device), torch.randn(batch, rows, device=device)
+    w, b = layer.weight.detach(), layer.bias.detach()
+    out = {}
+    if device.type == "cpu":
+        out["nn.Linear", "dense"] = dense(x, w, b, g), w, None
+        if torch.backends.mkldnn.is_available():
+            out["oneDNN", "dense"] = onednn(x, w, b, g), w, None
+    else:
+        for name, dtype in {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}.items():
+            out[f"dense {name}", "dense"] = dense(*(t.to(dtype) for t in (x, w, b, g))), w, None
+        out["dense TF32", "dense"] = {k: with_tf32(f) for k, f in dense(x, w, b, g).items()}, w, None
+    for n, m in patterns:
+        pattern = f"{n}:{m}"
+        plain = NMLinear.from_linear(layer, n, m)
+        w = plain.sparse_weight().detach()
+        out["masked", pattern] = masked(plain, x, b, g), w, plain.index
+        if device.type == "cpu":
+            if torch.backends.mkl.is_available():
+                out["PyTorch CSR", pattern] = compressed_rows(plain, x, b, g), w, plain.index
+            if load_kernels() is None:
+                ours = NMLinear.from_linear(layer, n, m, backend="native")
+                out["ours (native)", pattern] = native(ours, x, b, g), w, plain.index
+        else:
+            for dtype in (torch.bfloat16, torch.float16) if m == 4 else (torch.float32,):
+                try:
+                    choose_backend("semi_structured", n, m, device)
+                except UsageError:
+                    continue
+                options = {"backend": "semi_structured", "product_dtype": dtype}
+                ours = NMLinear.from_linear(layer, n, m, **options)
+                name = f"ours ({type(semi_structured_weight(ours)).__name__[26:]} {str(dtype)[6:]})"
+                out[name, pattern] = semi_structured(ours, x, b, g), w, plain.index
+    return out | {"reference": (x.double(), b.double(), g.double())}
+
+
+def with_tf32(function: Callable) -> Callable:
+    def call():
+        torch.backends.cuda.matmul.allow_tf32 = True
+        try:
+            return function()
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = False
+
+    return call
+
+
+# ---------------------------------------------------------------- measuring
+
+
+def errors(products: dict, w: torch.Tensor, index: torch.Tensor | None, reference: tuple) -> float:
+    """Largest difference from float64 of all results, relative to the largest number of each."""
+    x, b, g = reference
+    w = w.double()
+    dw = g.t() @ x
+    want = {"Y": x @ w.t() + b, "dX": g @ w, "dW": dw if index is None else dw.gather(1, index), "db": g.sum(0)}
+    got = {"Y": products["forward"](), "dX": products["dX"]()}
+    got["dW"], got["db"] = products["dW"]()
+    pairs = [(got[k], want[k]) for k in want]
+    pairs += list(zip(products["together"](), want.values(), strict=True))
+    return max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs)
+
+
+def measure(functions: dict, rounds: int, seconds: float, device: torch.device) -> dict[tuple, list[float]]:
+    """Seconds per call of each function in each round; the rounds alternate between all functions."""
+
+    def turn(function: Callable, calls: int) -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            function()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return (time.perf_counter() - start) / calls
+
+    calls = {}
+    for key, function in functions.items():
+        turn(function, 2)
+        calls[key] = max(1, int(seconds / turn(function, 2)))
+    times = {key: [] for key in functions}
+    for _ in range(rounds):
+        for key, function in functions.items():
+            times[key].append(turn(function, calls[key]))
+    return times
+
+
+def benchmark(args: Args, device: torch.device) -> list[dict]:
+    """One row per shape, batch size, rival, pattern and product."""
+    patterns = [tuple(map(int, pattern.split(":"))) for pattern in args.patterns]
+    shapes = [(size, size) for size in args.sizes]
+    shapes += [shape for shape in dict.fromkeys(td3_shapes(args.env_id)) if shape not in shapes]
+    table = []
+    for columns, rows in shapes:
+        for batch in args.batch_sizes:
+            everyone = rivals(columns, rows, batch, patterns, device)
+            reference = everyone.pop("reference")
+            accuracy = {key: errors(*value, reference) for key, value in everyone.items()}
+            for (name, pattern), error in accuracy.items():
+                half = device.type == "cuda" and name != "dense fp32"
+                if error > (5e-2 if half else 1e-5):
+                    raise UsageError(f"{name} {pattern} {columns}x{rows} is wrong by {error:.1e}; not timed")
+            functions = {(*key, p): f for key, (products, *_) in everyone.items() for p, f in products.items()}
+            times = measure(functions, args.rounds, args.milliseconds / 1000, device)
+            median = {key: statistics.median(seconds) for key, seconds in times.items()}
+            for (name, pattern, product), seconds in times.items():
+                n, m = (1, 1) if pattern == "dense" else map(int, pattern.split(":"))
+                active = rows * columns if pattern == "dense" else everyone[name, pattern][2].numel()
+                flops = 2 * batch * active * {"together": 3, "compress": 0}.get(product, 1)
+                row = {"in": columns, "out": rows, "batch": batch, "rival": name, "pattern": pattern}
+                row |= {"sparsity": m / n, "product": product, "us": median[name, pattern, product] * 1e6}
+                quartiles = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else [0, 0, 0]
+                row |= {"spread": (quartiles[2] - quartiles[0]) / median[name, pattern, product]}
+                row |= {"gflops": flops / median[name, pattern, product] / 1e9}
+                if product in PRODUCTS:
+                    rivals_of = [key for key in median if key[1:] == ("dense", product)]
+                    fastest = min(rivals_of, key=median.get)
+                    row |= {"fastest_dense": fastest[0], "speedup": median[fastest] / median[name, pattern, product]}
+                    linear = ("nn.Linear" if device.type == "cpu" else "dense fp32", "dense", product)
+                    row |= {"speedup_over_linear": median[linear] / median[name, pattern, product]}
+                table.append(row | {"error": accuracy[name, pattern]})
+            show(table, columns, rows, batch)
+    peak = max(row["gflops"] for row in table if row["pattern"] == "dense")
+    return [row | {"share_of_peak": row["gflops"] / peak} for row in table]
+
+
+# ---------------------------------------------------------------- results
+
+
+def show(table: list[dict], columns: int, rows: int, batch: int) -> None:
+    here = {
+        (r["rival"], r["pattern"], r["product"]): r
+        for r in table
+        if (r["in"], r["out"], r["batch"]) == (columns, rows, batch)
+    }
+    print(f"\n{columns} -> {rows}, batch {batch}: microseconds (speed-up over the fastest dense rival)")
+    print(f"{'':32}" + "".join(f"{product:>18}" for product in PRODUCTS) + f"{'spread':>9}{'GFLOP/s':>9}{'error':>9}")
+    for name, pattern in dict.fromkeys(key[:2] for key in here):
+        cells = [here[name, pattern, product] for product in PRODUCTS]
+        text = "".join(f"{cell['us']:10.1f} {cell['speedup']:5.2f}x " for cell in cells)
+        last = cells[-1]
+        print(f"{name:24}{pattern:>8}{text}{last['spread']:9.0%}{last['gflops']:9.1f}{last['error']:9.0e}", flush=True)
+
+
+def plot(table: list[dict], title: str, path: Path) -> None:
+    ours = [row for row in table if row["rival"].startswith("ours") and row["product"] == "together"]
+    ours = [row for row in ours if row["in"] == row["out"] and row["batch"] == max(r["batch"] for r in ours)]
+    plt.switch_backend("Agg")  # no screen needed
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    markers = "osD^vP*X"
+    sparsities = sorted({row["sparsity"] for row in ours})
+    left.plot(sparsities, sparsities, "k--", lw=1, label="ideal: M/N")
+    for i, size in enumerate(dict.fromkeys(row["in"] for row in ours)):
+        points = [(row["sparsity"], row["speedup"]) for row in ours if row["in"] == size]
+        left.plot(*zip(*sorted(points), strict=True), marker=markers[i % 8], label=f"{size} x {size}")
+    left.set(xscale="log", yscale="log", xlabel="sparsity, M/N", ylabel="speed-up over the fastest dense product")
+    left.set_xticks(sparsities, [f"{row:g}" for row in sparsities])
+    left.set_yticks([0.5, 1, 2, 4, 8, 16], ["0.5", "1", "2", "4", "8", "16"])
+    for i, pattern in enumerate(dict.fromkeys(row["pattern"] for row in ours)):
+        points = [(row["in"], row["speedup"]) for row in ours if row["pattern"] == pattern]
+        right.plot(*zip(*sorted(points), strict=True), marker=markers[i % 8], label=pattern)
+    sizes = sorted({row["in"] for row in ours})
+    right.set(xscale="log", xlabel="neurons in and out", ylim=(0, None))
+    right.set_xticks(sizes, sizes)
+    for axes in (left, right):
+        axes.minorticks_off()
+        axes.axhline(1, color="grey", lw=1)
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path, dpi=150)
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def check_args(args: Args) -> None:
+    """Raises UsageError."""
+    for pattern in args.patterns:
+        n, _, m = pattern.partition(":")
+        if not (n.isdecimal() and m.isdecimal() and 1 <= int(n) <= int(m)):
+            raise UsageError(f"--patterns {pattern}: give N:M with 1 <= N <= M, such as 2:4")
+    for name in ("sizes", "batch_sizes", "patterns"):
+        if not getattr(args, name):
+            raise UsageError(f"--{name.replace('_', '-')}: give at least one")
+    for name, value in {"sizes": min(args.sizes), "batch-sizes": min(args.batch_sizes)}.items():
+        if value < 1:
+            raise UsageError(f"--{name}: {value} is too small; give 1 or more")
+    if min(args.threads, args.rounds) < 1 or not args.milliseconds > 0:
+        raise UsageError("--threads and --rounds: give 1 or more; --milliseconds: more than 0")
+    try:
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out {args.out}: {error.strerror}") from error
+
+
+def main() -> int:
+    """Exit code: 0 done, 2 bad input."""
+    args = tyro.cli(Args, description=__doc__)
+    try:
+        check_args(args)
+        torch.set_num_threads(args.threads)
+        torch.manual_seed(args.seed)
+        device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+        if device.type == "cpu" and (problem := load_kernels()):
+            print(f"without our kernels: {problem}", file=sys.stderr)
+        name = cpu_name() if device.type == "cpu" else torch.cuda.get_device_name()
+        capability = torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else ""
+        title = f"{name} {capability}, {args.threads} threads, torch {torch.__version__}"
+        print(title)
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+        table = benchmark(args, device)
+    except UsageError as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    out = Path(args.out)
+    with open(out / "bench.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(max(table, key=len)), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} for row in table)
+    (out / "bench.json").write_text(json.dumps({"machine": title, "args": vars(args), "rows": table}, indent=1))
+    if any(row["rival"].startswith("ours") for row in table):
+        plot(table, f"forward + dX + dW, batch {max(args.batch_sizes)}: {title}", out / "bench.png")
+    peak = max(row["gflops"] for row in table if row["pattern"] == "dense")
+    print(f"\nbest dense product: {peak:.1f} GFLOP/s; files in {out}/")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

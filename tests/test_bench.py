@@ -1,0 +1,87 @@
+"""The benchmark: what it writes, that it refuses to time what is wrong, and bad input."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import bench_nm_matmul as bench
+from rnm_td3_continuous import NMLinear, UsageError, load_kernels
+
+ROOT = Path(__file__).parents[1]
+SMALL = ["--sizes", "16", "24", "--batch-sizes", "1", "9", "--rounds", "2", "--milliseconds", "0.05", "--no-cuda"]
+SMALL += ["--env-id", "Pendulum-v1", "--threads", "1"]
+
+
+def run(*arguments):
+    return subprocess.run([sys.executable, ROOT / "bench_nm_matmul.py", *arguments], capture_output=True, text=True)
+
+
+def test_table_csv_json_and_plot():
+    result = run(*SMALL, "--out", "results/here")
+    assert result.returncode == 0, result.stderr
+    rows = list(csv.DictReader(Path("results/here/bench.csv").read_text().splitlines()))
+    report = json.loads(Path("results/here/bench.json").read_text())
+    assert len(rows) == len(report["rows"]) and report["args"]["sizes"] == [16, 24]
+    rivals = {"nn.Linear", "oneDNN", "masked", "PyTorch CSR"} | ({"ours (native)"} if load_kernels() is None else set())
+    shapes = {("16", "16"), ("24", "24"), ("3", "256"), ("4", "256"), ("256", "256"), ("256", "1")}
+    assert {row["rival"] for row in rows} == rivals
+    assert {(row["in"], row["out"]) for row in rows} == shapes and {row["batch"] for row in rows} == {"1", "9"}
+    assert len(rows) == 6 * 2 * 4 * (2 + 4 * (len(rivals) - 2))
+    for row in report["rows"]:
+        assert row["us"] > 0 and row["share_of_peak"] > 0 and row["error"] < 1e-5
+        dense = [r["us"] for r in report["rows"] if r["pattern"] == "dense" and all(r[k] == row[k] for k in SAME)]
+        assert row["speedup"] == pytest.approx(min(dense) / row["us"])
+    assert "16 -> 16, batch 9" in result.stdout
+    if load_kernels() is None:
+        assert Path("results/here/bench.png").read_bytes().startswith(b"\x89PNG")
+
+
+SAME = ("in", "out", "batch", "product")
+
+
+@pytest.mark.parametrize("product", ["forward", "dX", "dW", "together"])
+def test_a_wrong_result_is_seen(product):
+    torch.manual_seed(0)
+    layer = NMLinear(16, 8, n=1, m=4)
+    x, g, b = torch.randn(5, 16), torch.randn(5, 8), layer.bias.detach()
+    reference = (x.double(), b.double(), g.double())
+    products = bench.masked(layer, x, b, g)
+    weight = layer.sparse_weight().detach()
+    assert bench.errors(products, weight, layer.index, reference) < 1e-6
+    right = products[product]
+    products[product] = lambda: tuple(t * 1.001 for t in right()) if isinstance(right(), tuple) else right() * 1.001
+    assert bench.errors(products, weight, layer.index, reference) > 5e-4
+
+
+def test_wrong_rivals_are_not_timed(monkeypatch):
+    right = bench.masked
+    monkeypatch.setattr(bench, "masked", lambda layer, x, b, g: right(layer, x, b + 0.01, g))
+    args = bench.Args(
+        sizes=(8,), env_id="Pendulum-v1", batch_sizes=(3,), patterns=("1:4",), rounds=1, milliseconds=0.01
+    )
+    with pytest.raises(UsageError, match=r"masked 1:4 8x8 is wrong by \d.*; not timed"):
+        bench.benchmark(args, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--patterns", "4:2"], "--patterns 4:2: give N:M"),
+        (["--patterns", "2-4"], "--patterns 2-4"),
+        (["--sizes", "0"], "--sizes: 0 is too small"),
+        (["--batch-sizes", "-1"], "--batch-sizes: -1"),
+        (["--threads", "0"], "--threads and --rounds"),
+        (["--env-id", "HalfCheeta-v4"], "no such environment"),
+        (["--out", "/proc/no"], "--out /proc/no"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, message):
+    result = run(*SMALL, *arguments)
+    assert result.returncode == 2
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith("error: ") and message in line
