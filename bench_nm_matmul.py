@@ -1,9 +1,11 @@
 """How fast the products of N:M layers are, against every dense and sparse rival that PyTorch has on this machine.
 
 Forward Y = X W~^T + b, dX = G W~, dW~ = G^T X at the active entries with db, and the three together, as in a step of
-training. Every result is checked against float64 before it is timed; rounds alternate between all rivals.
+training; then TD3's critic as a whole. Every result is checked against float64 before it is timed; rounds alternate
+between all rivals.
 """
 
+import copy
 import csv
 import json
 import platform
@@ -27,7 +29,9 @@ from rnm_td3_continuous import (
     choose_backend,
     load_kernels,
     make_env,
+    mlp,
     semi_structured_weight,
+    sparsify,
 )
 
 PRODUCTS = ("forward", "dX", "dW", "together")
@@ -70,23 +74,28 @@ def dense(x, w, b, g):
 
 
 def onednn(x, w, b, g):
-    product, w_t = torch.ops.mkldnn._linear_pointwise, w.t().contiguous()
+    product, w_t, x_t, g_t = torch.ops.mkldnn._linear_pointwise, *(matrix.t().contiguous() for matrix in (w, x, g))
     return step(
         lambda: product(x, w, b, "none", [], ""),
         lambda: product(g, w_t, None, "none", [], ""),
-        lambda: (product(g.t().contiguous(), x.t().contiguous(), None, "none", [], ""), g.sum(0)),
+        lambda: (product(g_t, x_t, None, "none", [], ""), g.sum(0)),
     )
 
 
 def masked(layer, x, b, g):
-    index = layer.index
-    with torch.no_grad():
-        weight = layer.sparse_weight
-        return step(
-            torch.no_grad()(lambda: F.linear(x, weight(), b)),
-            torch.no_grad()(lambda: g @ weight()),
-            torch.no_grad()(lambda: ((g.t() @ x).gather(1, index), g.sum(0))),
-        )
+    """The reference in rnm_td3_continuous.py: W~ as a dense matrix, made anew by each; `together` makes it once."""
+
+    def weight():
+        return torch.zeros_like(layer.master).scatter_(1, layer.index, layer.values.detach())
+
+    def dw():
+        return (g.t() @ x).gather(1, layer.index), g.sum(0)
+
+    def together():
+        w = weight()
+        return F.linear(x, w, b), g @ w, *dw()
+
+    return {**step(lambda: F.linear(x, weight(), b), lambda: g @ weight(), dw), "together": together}
 
 
 def compressed_rows(layer, x, b, g):
@@ -137,6 +146,41 @@ def semi_structured(layer, x, b, g):
         lambda: ((g_half.t() @ x_half).gather(1, layer.index), g.sum(0)),
     )
     return {**products, "together": torch.no_grad()(together), "compress": lambda: semi_structured_weight(layer)}
+
+
+def network(net, x, g):
+    """A whole network with ReLU: `forward` as when acting, `together` as when learning, through autograd."""
+    parameters = list(net.parameters())
+    return {"forward": torch.no_grad()(lambda: net(x)), "together": lambda: torch.autograd.grad(net(x), parameters, g)}
+
+
+def networks(sizes: tuple[int, ...], batch: int, patterns: list[tuple[int, int]], device: torch.device) -> dict:
+    """Rivals by (name, pattern) for a network of these sizes: products, number of weights, error against float64."""
+    x, g = torch.randn(batch, sizes[0], device=device), torch.randn(batch, sizes[-1], device=device)
+    plain = mlp(list(sizes)).to(device)
+    nets = {("nn.Linear", "dense"): plain}
+    for n, m in patterns:
+        wrapped = torch.nn.ModuleDict({"net": plain})  # since sparsify works in place, on what a module holds
+        nets["masked", f"{n}:{m}"] = sparsify(copy.deepcopy(wrapped), n, m)["net"]
+        if device.type == "cpu" and load_kernels() is None:
+            nets["ours (native)", f"{n}:{m}"] = sparsify(copy.deepcopy(wrapped), n, m, backend="native")["net"]
+    out = {}
+    for key, net in nets.items():
+        layers = [layer.to_linear() if isinstance(layer, NMLinear) else copy.deepcopy(layer) for layer in net]
+        reference = network(torch.nn.Sequential(*layers).double(), x.double(), g.double())
+        pairs = [(net(x), reference["forward"]())]
+        for layer, got, want in zip(
+            [layer for layer in net if not isinstance(layer, torch.nn.ReLU) for _ in range(2)],
+            network(net, x, g)["together"](),
+            reference["together"](),
+            strict=True,
+        ):
+            sparse = isinstance(layer, NMLinear) and want.dim() == 2
+            pairs.append((got, want.gather(1, layer.index) if sparse else want))
+        error = max(((a - b).abs().max() / b.abs().max().clamp_min(1e-3)).item() for a, b in pairs)
+        weights = sum(parameter.numel() for parameter in net.parameters() if parameter.dim() == 2)
+        out[key] = network(net, x, g), weights, error
+    return out
 
 
 def rivals(columns: int, rows: int, batch: int, patterns: list[tuple[int, int]], device: torch.device) -> dict:
@@ -228,41 +272,51 @@ def measure(functions: dict, rounds: int, seconds: float, device: torch.device) 
     return times
 
 
+def rows_of(everyone: dict, sizes: tuple[int, ...], batch: int, args: Args, device: torch.device) -> list[dict]:
+    """Measure rivals {(name, pattern): (products, weights, error)} together. Raises UsageError if one is wrong."""
+    for (name, pattern), (_, _, error) in everyone.items():
+        exact = 1e-5 if len(sizes) == 2 else 1e-4  # gradients through a network cancel
+        if error > (5e-2 if device.type == "cuda" and name != "dense fp32" else exact):
+            raise UsageError(f"{name} {pattern} of {'-'.join(map(str, sizes))} is wrong by {error:.1e}; not timed")
+    functions = {(*key, p): function for key, value in everyone.items() for p, function in value[0].items()}
+    times = measure(functions, args.rounds, args.milliseconds / 1000, device)
+    median = {key: statistics.median(seconds) for key, seconds in times.items()}
+    table = []
+    for (name, pattern, product), seconds in times.items():
+        mine = median[name, pattern, product]
+        n, m = (1, 1) if pattern == "dense" else map(int, pattern.split(":"))
+        flops = 2 * batch * everyone[name, pattern][1] * {"together": 3, "compress": 0}.get(product, 1)
+        row = {"layers": "-".join(map(str, sizes)), "batch": batch, "rival": name, "pattern": pattern}
+        row |= {"sparsity": m / n, "product": product, "us": mine * 1e6}
+        quartiles = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else [0, 0, 0]
+        row |= {"spread": (quartiles[2] - quartiles[0]) / mine, "gflops": flops / mine / 1e9}
+        if product in PRODUCTS:
+            fastest = min((key for key in median if key[1:] == ("dense", product)), key=median.get)
+            linear = ("nn.Linear" if ("nn.Linear", "dense", product) in median else "dense fp32", "dense", product)
+            row |= {"fastest_dense": fastest[0], "speedup": median[fastest] / mine}
+            row |= {"speedup_over_linear": median[linear] / mine}
+        table.append(row | {"error": everyone[name, pattern][2]})
+    show(table)
+    return table
+
+
 def benchmark(args: Args, device: torch.device) -> list[dict]:
-    """One row per shape, batch size, rival, pattern and product."""
+    """One row per layers, batch size, rival, pattern and product."""
     patterns = [tuple(map(int, pattern.split(":"))) for pattern in args.patterns]
     shapes = [(size, size) for size in args.sizes]
-    shapes += [shape for shape in dict.fromkeys(td3_shapes(args.env_id)) if shape not in shapes]
+    shapes += [shape for shape in td3_shapes(args.env_id) if shape not in shapes]
     table = []
-    for columns, rows in shapes:
+    for columns, rows in dict.fromkeys(shapes):
         for batch in args.batch_sizes:
             everyone = rivals(columns, rows, batch, patterns, device)
             reference = everyone.pop("reference")
-            accuracy = {key: errors(*value, reference) for key, value in everyone.items()}
-            for (name, pattern), error in accuracy.items():
-                half = device.type == "cuda" and name != "dense fp32"
-                if error > (5e-2 if half else 1e-5):
-                    raise UsageError(f"{name} {pattern} {columns}x{rows} is wrong by {error:.1e}; not timed")
-            functions = {(*key, p): f for key, (products, *_) in everyone.items() for p, f in products.items()}
-            times = measure(functions, args.rounds, args.milliseconds / 1000, device)
-            median = {key: statistics.median(seconds) for key, seconds in times.items()}
-            for (name, pattern, product), seconds in times.items():
-                n, m = (1, 1) if pattern == "dense" else map(int, pattern.split(":"))
-                active = rows * columns if pattern == "dense" else everyone[name, pattern][2].numel()
-                flops = 2 * batch * active * {"together": 3, "compress": 0}.get(product, 1)
-                row = {"in": columns, "out": rows, "batch": batch, "rival": name, "pattern": pattern}
-                row |= {"sparsity": m / n, "product": product, "us": median[name, pattern, product] * 1e6}
-                quartiles = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else [0, 0, 0]
-                row |= {"spread": (quartiles[2] - quartiles[0]) / median[name, pattern, product]}
-                row |= {"gflops": flops / median[name, pattern, product] / 1e9}
-                if product in PRODUCTS:
-                    rivals_of = [key for key in median if key[1:] == ("dense", product)]
-                    fastest = min(rivals_of, key=median.get)
-                    row |= {"fastest_dense": fastest[0], "speedup": median[fastest] / median[name, pattern, product]}
-                    linear = ("nn.Linear" if device.type == "cpu" else "dense fp32", "dense", product)
-                    row |= {"speedup_over_linear": median[linear] / median[name, pattern, product]}
-                table.append(row | {"error": accuracy[name, pattern]})
-            show(table, columns, rows, batch)
+            for key, (products, w, index) in everyone.items():
+                weights = rows * columns if index is None else index.numel()
+                everyone[key] = products, weights, errors(products, w, index, reference)
+            table += rows_of(everyone, (columns, rows), batch, args, device)
+    critic = (td3_shapes(args.env_id)[1][0], 256, 256, 1)
+    for batch in args.batch_sizes:
+        table += rows_of(networks(critic, batch, patterns, device), critic, batch, args, device)
     peak = max(row["gflops"] for row in table if row["pattern"] == "dense")
     return [row | {"share_of_peak": row["gflops"] / peak} for row in table]
 
@@ -270,24 +324,21 @@ def benchmark(args: Args, device: torch.device) -> list[dict]:
 # ---------------------------------------------------------------- results
 
 
-def show(table: list[dict], columns: int, rows: int, batch: int) -> None:
-    here = {
-        (r["rival"], r["pattern"], r["product"]): r
-        for r in table
-        if (r["in"], r["out"], r["batch"]) == (columns, rows, batch)
-    }
-    print(f"\n{columns} -> {rows}, batch {batch}: microseconds (speed-up over the fastest dense rival)")
+def show(table: list[dict]) -> None:
+    cells = {(row["rival"], row["pattern"], row["product"]): row for row in table}
+    print(f"\n{table[0]['layers']}, batch {table[0]['batch']}: microseconds (speed-up over the fastest dense rival)")
     print(f"{'':32}" + "".join(f"{product:>18}" for product in PRODUCTS) + f"{'spread':>9}{'GFLOP/s':>9}{'error':>9}")
-    for name, pattern in dict.fromkeys(key[:2] for key in here):
-        cells = [here[name, pattern, product] for product in PRODUCTS]
-        text = "".join(f"{cell['us']:10.1f} {cell['speedup']:5.2f}x " for cell in cells)
-        last = cells[-1]
+    for name, pattern in dict.fromkeys(key[:2] for key in cells):
+        row = [cells.get((name, pattern, product)) for product in PRODUCTS]
+        text = "".join(f"{cell['us']:10.1f} {cell['speedup']:5.2f}x " if cell else f"{'':18}" for cell in row)
+        last = row[-1]
         print(f"{name:24}{pattern:>8}{text}{last['spread']:9.0%}{last['gflops']:9.1f}{last['error']:9.0e}", flush=True)
 
 
 def plot(table: list[dict], title: str, path: Path) -> None:
     ours = [row for row in table if row["rival"].startswith("ours") and row["product"] == "together"]
-    ours = [row for row in ours if row["in"] == row["out"] and row["batch"] == max(r["batch"] for r in ours)]
+    ours = [row for row in ours if row["batch"] == max(r["batch"] for r in ours)]
+    ours = [row | {"in": int(row["layers"].split("-")[0])} for row in ours if len(set(row["layers"].split("-"))) == 1]
     plt.switch_backend("Agg")  # no screen needed
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     markers = "osD^vP*X"
