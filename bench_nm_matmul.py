@@ -252,6 +252,7 @@ def measure(functions: dict, rounds: int, seconds: float, device: torch.device) 
     """Seconds per call of each function in each round; the rounds alternate between all functions."""
 
     def turn(function: Callable, calls: int) -> float:
+        function()  # the one before has left other data in the caches
         if device.type == "cuda":
             torch.cuda.synchronize()
         start = time.perf_counter()
@@ -263,7 +264,6 @@ def measure(functions: dict, rounds: int, seconds: float, device: torch.device) 
 
     calls = {}
     for key, function in functions.items():
-        turn(function, 2)
         calls[key] = max(1, int(seconds / turn(function, 2)))
     times = {key: [] for key in functions}
     for _ in range(rounds):

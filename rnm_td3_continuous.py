@@ -581,6 +581,7 @@ struct Mlp : torch::autograd::Function<Mlp> {  // in C++: an autograd function i
     saved.insert(saved.end(), layers.begin(), layers.end());
     ctx->save_for_backward(saved);
     ctx->mark_non_differentiable({tape});
+    ctx->set_materialize_grads(false);  // no zeros for the tape
     return {y, tape};
   }
   static Tensors backward(Context* ctx, const Tensors& grad) {
