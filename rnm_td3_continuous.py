@@ -194,7 +194,11 @@ class NMLinear(nn.Module):
     @torch.no_grad()
     def polyak_(self, online: "NMLinear", tau: float) -> None:
         """W' <- tau W + (1 - tau) W' over all entries, active or not; the mask E' stays. b' likewise."""
-        self.values.copy_(self.sync().lerp_(online.sync(), tau).gather(1, self.index))
+        if self.backend == "native":
+            mine = self.values, self.master, self.layout
+            torch.ops.rnm_td3.polyak.default(online.values, online.master, online.layout, *mine, tau)
+        else:
+            self.values.copy_(self.sync().lerp_(online.sync(), tau).gather(1, self.index))
         if self.bias is not None:
             self.bias.lerp_(online.bias, tau)
 
@@ -556,13 +560,36 @@ std::tuple<Tensor, std::vector<Tensor>> mlp_backward(const Tensor& grad, const T
   return {dx, dw};
 }
 
+// W' <- tau W + (1 - tau) W' over all entries. Both dense masters get their values first, then the target's follow.
+void polyak(const Tensor& values, Tensor& master, const Tensor& layout, Tensor& target_values, Tensor& target_master,
+            const Tensor& target_layout, double tau) {
+  const int64_t R = values.size(0), A = values.size(1), C = master.size(1);
+  const Layer online(R, A, C, layout.data_ptr<int>()), target(R, A, C, target_layout.data_ptr<int>());
+  const float *v = values.data_ptr<float>(), share = tau;
+  float *w = master.data_ptr<float>(), *tv = target_values.data_ptr<float>(), *tw = target_master.data_ptr<float>();
+  at::parallel_for(0, R, 65536 / C + 1, [&](int64_t r, int64_t last) {
+    for (; r < last; r++) {
+      for (int64_t j = r * A; j < (r + 1) * A; j++) w[r * C + online.column[j]] = v[j];
+      for (int64_t j = r * A; j < (r + 1) * A; j++) tw[r * C + target.column[j]] = tv[j];
+      int64_t i = r * C;
+      for (; i + V <= (r + 1) * C; i += V) store(tw + i, load(tw + i) + share * (load(w + i) - load(tw + i)));
+      for (; i < (r + 1) * C; i++) tw[i] += share * (w[i] - tw[i]);
+      for (int64_t j = r * A; j < (r + 1) * A; j++) tv[j] = tw[r * C + target.column[j]];
+    }
+  });
+}
+
 TORCH_LIBRARY(rnm_td3, m) {
   m.def("layout(Tensor index, int columns) -> Tensor", layout);
   m.def("mlp(Tensor x, Tensor[] layers, bool save) -> (Tensor y, Tensor tape)");
   m.def("mlp_backward(Tensor grad, Tensor x, Tensor tape, Tensor[] layers, bool need_x, bool need_w) -> "
         "(Tensor dx, Tensor[] dlayers)");
+  m.def("polyak(Tensor values, Tensor(a!) master, Tensor layout, Tensor(b!) target_values, Tensor(c!) target_master, "
+        "Tensor target_layout, float tau) -> ()");
 }
-TORCH_LIBRARY_IMPL(rnm_td3, CPU, m) { m.impl("mlp", mlp), m.impl("mlp_backward", mlp_backward); }
+TORCH_LIBRARY_IMPL(rnm_td3, CPU, m) {
+  m.impl("mlp", mlp), m.impl("mlp_backward", mlp_backward), m.impl("polyak", polyak);
+}
 
 template <class F> static auto op(const char* name, F*) {  // through the dispatcher, so that torch.compile can trace it
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<F>();

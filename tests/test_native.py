@@ -231,6 +231,22 @@ def test_one_td3_update_matches_masked_float64(dense_layers):
 
 
 @needs_kernels
+@pytest.mark.parametrize("sizes", [[5, 3], [17, 256], [300, 70]])
+def test_polyak_matches_the_reference(sizes):
+    pairs = []
+    for backend in ("native", "masked"):
+        online, target = (network(sizes, 1, 4, seed=seed, backend=backend)[0] for seed in (1, 2))
+        for layer in (online, target):  # not what the masters hold
+            layer.values.data += 0.1
+        target.polyak_(online, 0.3)
+        pairs.append((online, target))
+    for native, masked in zip(*pairs, strict=True):
+        for name, tensor in masked.state_dict().items():
+            torch.testing.assert_close(native.state_dict()[name], tensor, rtol=1e-6, atol=1e-7)
+        assert torch.equal(native.values, native.master.gather(1, native.index))
+
+
+@needs_kernels
 def test_what_does_not_fit_is_refused():
     layer = NMLinear(12, 5, n=1, m=4, backend="native")
     with pytest.raises(RuntimeError, match="do not fit"):
