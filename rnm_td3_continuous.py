@@ -147,7 +147,6 @@ class NMLinear(nn.Module):
         self.bias = linear.bias
         self.state_masters: dict[str, torch.Tensor] = {}  # the optimizer's state of all entries, each [R, C]
         self.register_buffer("layout", None, persistent=False)  # what the backend makes of the index
-        self.register_load_state_dict_post_hook(lambda layer, _: layer.refresh())
         self.refresh()
 
     @classmethod
@@ -176,6 +175,10 @@ class NMLinear(nn.Module):
             y = SemiStructuredProduct.apply(x.reshape(-1, self.in_features), self.values, self)
             return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], self.out_features)
         return F.linear(x, self.sparse_weight(), self.bias)  # [B, C] -> [B, R]
+
+    def _load_from_state_dict(self, *arguments) -> None:
+        super()._load_from_state_dict(*arguments)
+        self.refresh()
 
     def refresh(self) -> None:
         """Follow a change of the index in what the backend keeps of it."""

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -198,6 +199,7 @@ def test_kernels_follow_projections_and_loaded_states():
     other.load_state_dict(net.state_dict())
     assert torch.equal(other(x), net(x))
     assert torch.equal(copy.deepcopy(net)(x), net(x))
+    assert torch.equal(pickle.loads(pickle.dumps(net))(x), net(x))
 
 
 @needs_kernels
