@@ -678,10 +678,11 @@ def load_kernels() -> str | None:
 
 def native_mlp(x: torch.Tensor, layers: list["NMLinear"]) -> torch.Tensor:
     """What `layers` with ReLU between them make of x [..., C], float32, in one call of the kernels."""
-    no_bias = x.new_empty(0)
     tensors = []
     for layer in layers:
-        tensors += layer.values, no_bias if layer.bias is None else layer.bias, layer.layout
+        parameters = layer._parameters  # an attribute of a module takes ten times as long, and this is called often
+        bias = parameters.get("bias")
+        tensors += parameters["values"], x.new_empty(0) if bias is None else bias, layer._buffers["layout"]
     y, _ = torch.ops.rnm_td3.mlp.default(x.reshape(-1, x.shape[-1]), tensors, torch.is_grad_enabled())
     return y.view(*x.shape[:-1], y.shape[-1])
 
@@ -690,7 +691,7 @@ class NMSequential(nn.Sequential):
     """N:M layers with ReLU between them and native kernels: a single call, instead of one per layer."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return native_mlp(x, [*self][::2])
+        return native_mlp(x, list(self._modules.values())[::2])
 
 
 # ---------------------------------------------------------------- semi-structured tensors (CUDA)
