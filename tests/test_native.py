@@ -31,7 +31,7 @@ def in_float64(net):
     return nn.Sequential(*(layer.to_linear().double() if isinstance(layer, NMLinear) else layer for layer in net))
 
 
-def close(got, want, what, floor=0.1):
+def close(got, want, what, floor=1.0):
     """Within 1e-5 of the largest number, or of `floor` where sums of numbers around one cancel."""
     if want.numel():
         error, largest = (got.double() - want).abs().max().item(), want.abs().max().item()
