@@ -129,7 +129,7 @@ class NMLinear(nn.Module):
       master  [R, C] dense W: its inactive entries (E = 0) are frozen until a projection brings them back;
                      its active entries are as old as the last `sync()`
     Backends compute the same: `masked` with W~ as a dense matrix, the reference; `native` with kernels that skip the
-    zeros (float32 on the CPU; call `load_kernels` first); `semi_structured` with PyTorch's tensors of that name (CUDA).
+    zeros (float32 on the CPU); `semi_structured` with PyTorch's tensors of that name (CUDA).
     """
 
     def __init__(
@@ -141,7 +141,7 @@ class NMLinear(nn.Module):
         linear = copy.deepcopy(linear) if linear else nn.Linear(in_features, out_features, bias, device, dtype)
         self.in_features, self.out_features, self.n, self.m = in_features, out_features, n, m
         self.backend, self.product_dtype = backend, torch.float32 if m == 2 else product_dtype
-        self.register_buffer("master", linear.weight.detach())
+        self.register_buffer("master", linear.weight.detach().contiguous())
         self.register_buffer("index", self._projected_index())
         self.values = nn.Parameter(self.master.gather(1, self.index))
         self.bias = linear.bias
@@ -176,6 +176,10 @@ class NMLinear(nn.Module):
             return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], self.out_features)
         return F.linear(x, self.sparse_weight(), self.bias)  # [B, C] -> [B, R]
 
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self.refresh()  # pickled on a machine with other registers, perhaps
+
     def _load_from_state_dict(self, *arguments) -> None:
         super()._load_from_state_dict(*arguments)
         self.refresh()
@@ -183,8 +187,12 @@ class NMLinear(nn.Module):
     def refresh(self) -> None:
         """Follow a change of the index in what the backend keeps of it."""
         if self.backend == "native":
+            if problem := load_kernels():
+                raise RuntimeError(problem)
             self.layout = torch.ops.rnm_td3.layout(self.index, self.in_features)
         elif self.backend == "semi_structured":
+            if (self.n, self.m) not in ((2, 4), (1, 2)):
+                raise ValueError(f"semi-structured tensors are 2:4 or 1:2, not {self.n}:{self.m}")
             kind, mask = semi_structured_pad(self, self.mask())
             cutlass = kind is SparseSemiStructuredTensorCUTLASS
             self.layout = sparse_semi_structured_from_dense_cutlass(mask)[1] if cutlass else None
@@ -231,15 +239,14 @@ class NMLinear(nn.Module):
 def sparsify(network: nn.Module, n: int, m: int, dense_layers: str = "none", **options) -> nn.Module:
     """Replace the linear layers of a network by N:M ones, in place; the first, last or both may stay dense.
 
-    `options` are those of `NMLinear`: backend, product_dtype. `native` runs a whole nn.Sequential of them as one call.
+    `options` are those of `NMLinear`: backend, product_dtype. `native` runs an nn.Sequential inside of it as one call.
     """
     linears = [name for name, module in network.named_modules() if type(module) is nn.Linear]
     start, stop = int("first" in dense_layers), len(linears) - int("last" in dense_layers)
     for name in linears[start:stop]:
         network.set_submodule(name, NMLinear.from_linear(network.get_submodule(name), n, m, **options))
     for name, module in list(network.named_modules()) if options.get("backend") == "native" else ():
-        kinds = [type(child) for child in module.children()]
-        if name and type(module) is nn.Sequential and kinds == [NMLinear, nn.ReLU] * (len(kinds) // 2) + [NMLinear]:
+        if name and type(module) is nn.Sequential and NMSequential.fits(module._modules.values()):
             network.set_submodule(name, NMSequential(*module))
     return network
 
@@ -350,6 +357,7 @@ struct Layer {
   }
   Layer(int64_t C, const Tensor& values_, const Tensor& bias_, const Tensor& layout)
       : Layer(values_.size(0), values_.size(1), C, layout.data_ptr<int>()) {
+    TORCH_CHECK(R > 0 && A > 0 && C > 0, "a layer has at least one weight");
     TORCH_CHECK(size == layout.numel(), "x or values do not fit the layout");
     TORCH_CHECK(bias_.numel() == R || bias_.numel() == 0, "the bias needs a number for each row, or none at all");
     values = values_.contiguous(), bias = bias_.contiguous(), v = values.data_ptr<float>();
@@ -357,15 +365,16 @@ struct Layer {
   }
 };
 Tensor layout(const Tensor& index_, int64_t columns) {
+  TORCH_CHECK(index_.is_cpu(), "the native backend is for the CPU");
   const Tensor index = index_.contiguous();
   const int64_t R = index.size(0), A = index.size(1), *id = index.data_ptr<int64_t>();
   TORCH_CHECK(max(R, columns) <= 65536 && R * A <= INT_MAX / 4, "native layers have up to 65536 neurons");
+  for (int64_t j = 0; j < R * A; j++) TORCH_CHECK(id[j] >= 0 && id[j] < columns, "index out of range");
   Tensor out = at::zeros({Layer(R, A, columns, nullptr).size}, at::kInt);
   const Layer l(R, A, columns, out.data_ptr<int>());
   for (int64_t r = 0; r < R; r++) for (int64_t b = 0, j = r * A; b < l.blocks; b++) {
     l.range[2 * (b * R + r)] = j;
     for (; j < (r + 1) * A && id[j] < (b + 1) * BLOCK; j++) {
-      TORCH_CHECK(id[j] >= 0 && id[j] < columns, "index out of range");
       l.column[j] = id[j];
       l.t_range[2 * (r / BLOCK * columns + id[j]) + 1]++;  // at first the number of values,
       *l.irregular |= id[j] / V != id[j % A] / V;
@@ -469,6 +478,8 @@ template <int ID> static float* scratch(int64_t n) {  // kept per thread, aligne
 struct Network : std::vector<Layer> {
   std::vector<int64_t> inputs = {0}, outputs = {0}, values = {0};
   Network(const Tensor& x, TensorList layers) {  // values, bias, layout of each layer in turn
+    TORCH_CHECK(layers.size() && layers.size() % 3 == 0, "needs values, bias and layout of each layer");
+    TORCH_CHECK(x.dim() == 2 && x.is_cpu(), "needs x [B, C] on the CPU");
     for (size_t i = 0; i < layers.size(); i += 3) {
       const Layer& l = emplace_back(i ? back().R : x.size(1), layers[i], layers[i + 1], layers[i + 2]);
       inputs.push_back(inputs.back() + l.C), outputs.push_back(outputs.back() + l.R);
@@ -568,8 +579,13 @@ void polyak(const Tensor& values, Tensor& master, const Tensor& layout, Tensor& 
             const Tensor& target_layout, double tau) {
   const int64_t R = values.size(0), A = values.size(1), C = master.size(1);
   const Layer online(R, A, C, layout.data_ptr<int>()), target(R, A, C, target_layout.data_ptr<int>());
+  TORCH_CHECK(target_values.sizes() == values.sizes() && target_master.sizes() == master.sizes() &&
+              online.size == layout.numel() && target.size == target_layout.numel(), "the two layers differ in shape");
+  for (const Tensor& t : {values, target_values, master, target_master})
+    TORCH_CHECK(t.is_contiguous(), "values and masters have to be contiguous");
   const float *v = values.data_ptr<float>(), share = tau;
   float *w = master.data_ptr<float>(), *tv = target_values.data_ptr<float>(), *tw = target_master.data_ptr<float>();
+  for (const Tensor& t : {master, target_values, target_master}) t.unsafeGetTensorImpl()->bump_version();
   at::parallel_for(0, R, 65536 / C + 1, [&](int64_t r, int64_t last) {
     for (; r < last; r++) {
       for (int64_t j = r * A; j < (r + 1) * A; j++) w[r * C + online.column[j]] = v[j];
@@ -617,6 +633,7 @@ struct Mlp : torch::autograd::Function<Mlp> {  // in C++: an autograd function i
   static Tensors backward(Context* ctx, const Tensors& grad) {
     const Tensors saved = ctx->get_saved_variables();
     const TensorList layers = TensorList(saved).slice(2);
+    if (!grad[0].defined()) return Tensors(1 + layers.size());
     const bool need_x = ctx->needs_input_grad(0), need_w = ctx->needs_input_grad({{1, 1 + layers.size()}});
     static auto backward_op = op("rnm_td3::mlp_backward", mlp_backward);
     const auto [dx, dw] = backward_op.call(grad[0], saved[0], saved[1], layers, need_x, need_w);
@@ -659,7 +676,7 @@ def load_kernels() -> str | None:
                 )
                 os.replace(Path(folder, "rnm_td3.so"), library)
     except Exception as error:  # no compiler, no ninja, an old one of either, a folder that cannot be written
-        return f"no CPU kernels, install g++ 11 or later ({type(error).__name__}: {str(error).splitlines()[0][:100]})"
+        return f"no CPU kernels, install g++ 11 or later ({type(error).__name__}: {' '.join(str(error).split())[:100]})"
 
     @torch.library.register_fake("rnm_td3::mlp")
     def _(x, layers, save):
@@ -690,8 +707,16 @@ def native_mlp(x: torch.Tensor, layers: list["NMLinear"]) -> torch.Tensor:
 class NMSequential(nn.Sequential):
     """N:M layers with ReLU between them and native kernels: a single call, instead of one per layer."""
 
+    @staticmethod
+    def fits(modules) -> bool:
+        """Whether these are native N:M layers with ReLU between them: a slice, say, of such a network need not be."""
+        kinds = [type(module) for module in modules]
+        native = all(module.backend == "native" for module in modules if type(module) is NMLinear)
+        return native and kinds == [NMLinear, nn.ReLU] * (len(kinds) // 2) + [NMLinear]
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return native_mlp(x, list(self._modules.values())[::2])
+        modules = list(self._modules.values())
+        return native_mlp(x, modules[::2]) if self.fits(modules) else super().forward(x)
 
 
 # ---------------------------------------------------------------- semi-structured tensors (CUDA)
@@ -726,15 +751,17 @@ class SemiStructuredProduct(torch.autograd.Function):
     def forward(ctx, x: torch.Tensor, values: torch.Tensor, layer: NMLinear) -> torch.Tensor:
         weight = semi_structured_weight(layer)
         ctx.layer, ctx.dtype, x = layer, x.dtype, x.to(layer.product_dtype)  # [B, C]
-        ctx.save_for_backward(x)
+        ctx.save_for_backward(x, values, layer.index)
         y = F.linear(F.pad(x, (0, weight.shape[1] - x.shape[1])), weight)
         return y[:, : layer.out_features].to(ctx.dtype)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad: torch.Tensor):
-        (x,), layer, grad = ctx.saved_tensors, ctx.layer, grad.to(ctx.layer.product_dtype)
-        dx = (grad @ layer.sparse_weight().to(grad.dtype)).to(ctx.dtype) if ctx.needs_input_grad[0] else None
-        dw = (grad.t() @ x).gather(1, layer.index).to(layer.values.dtype) if ctx.needs_input_grad[1] else None
+        (x, values, index), grad = ctx.saved_tensors, grad.to(ctx.layer.product_dtype)
+        weight = torch.zeros_like(ctx.layer.master).scatter_(1, index, values).to(grad.dtype)
+        dx = (grad @ weight).to(ctx.dtype) if ctx.needs_input_grad[0] else None
+        dw = (grad.t() @ x).gather(1, index).to(values.dtype) if ctx.needs_input_grad[1] else None
         return dx, dw, None
 
 
@@ -748,6 +775,8 @@ def choose_backend(backend: str, n: int, m: int, device: torch.device) -> str:
             raise UsageError("--backend semi_structured needs a GPU of compute capability 8.0 or later; try auto")
         if (n, m) not in ((2, 4), (1, 2)) or (m == 2 and torch.cuda.get_device_capability(device) >= (9, 0)):
             raise UsageError(f"--backend semi_structured is not for {n}:{m} on this GPU; give --n 2 --m 4, or try auto")
+        if torch.cuda.get_device_capability(device) >= (9, 0) and not torch.backends.cusparselt.is_available():
+            raise UsageError("--backend semi_structured needs a torch with cuSPARSELt on this GPU; try auto")
     wanted = device.type == "cpu" and 2 * n <= m and torch.get_default_dtype() == torch.float32
     if backend == "native" and device.type != "cpu":
         raise UsageError("--backend native is for the CPU; add --no-cuda, or try auto")

@@ -70,6 +70,11 @@ def test_foreign_files_are_refused_and_run_nothing(script, monkeypatch, capsys):
     whole = torch.load(folder / "model.pt", weights_only=True)
     torch.save({**whole, "args": {**whole["args"], "env_id": "InvertedPendulum-v5"}}, "wrong_env.pt")
     torch.save({**whole, "obs_dim": 3}, "wrong_size.pt")
+    weights = {
+        name: tensor + 300 if "index" in name else tensor[:, :1] if "weight" in name else tensor
+        for name, tensor in whole["actor"].items()
+    }
+    torch.save({**whole, "actor": weights}, "wrong_weights.pt")
     del whole["args"]["env_id"]
     torch.save(whole, "no_env.pt")
     Path("text.pt").write_text("no model")
@@ -78,7 +83,7 @@ def test_foreign_files_are_refused_and_run_nothing(script, monkeypatch, capsys):
     model = (folder / "model.pt").read_bytes()
     Path("truncated.pt").write_bytes(model[: len(model) // 2])
     names = ["hostile.pt", "hostile_zip.pt", "other.pt", "incomplete.pt", "text.pt", "truncated.pt", "missing.pt", "."]
-    names += ["wrong_env.pt", "wrong_size.pt", "no_env.pt"]
+    names += ["wrong_env.pt", "wrong_size.pt", "wrong_weights.pt", "no_env.pt"]
     for path in [*names, str(folder / "model.pt")]:
         monkeypatch.setattr(sys, "argv", ["script", "--evaluate", path])
         capsys.readouterr()

@@ -133,7 +133,7 @@ def test_thread_count_changes_no_bit():
     results = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        net = network([33, 256, 200, 3], 2, 4, backend="native")
+        net = network([33, 256, 1100, 3], 2, 4, backend="native")  # so wide that a single sample is shared out too
         x = torch.randn(300, 33, generator=torch.Generator().manual_seed(1)).requires_grad_()
         y = net(x)
         y.square().sum().backward()
@@ -253,14 +253,50 @@ def test_polyak_matches_the_reference(sizes):
 
 
 @needs_kernels
+def test_a_network_that_was_cut_or_grown_runs_as_it_reads():
+    net = network([10, 12, 5], 2, 4, backend="native")
+    x = torch.randn(3, 10)
+    hidden, tanh = net[:2](x), copy.deepcopy(net).append(nn.Tanh())(x)
+    torch.testing.assert_close(hidden, torch.relu(net[0](x)))
+    torch.testing.assert_close(tanh, torch.tanh(net(x)))
+    torch.testing.assert_close(net[1:](hidden), net(x))
+
+
+@needs_kernels
+def test_weights_changed_before_the_backward_pass_are_seen():
+    online, target = (NMLinear(12, 5, bias=False, n=1, m=4, backend="native") for _ in range(2))
+    y = target(torch.randn(3, 12, requires_grad=True))
+    target.polyak_(online, 0.5)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@needs_kernels
+def test_transposed_weights_of_a_dense_layer():
+    linear = nn.Linear(8, 12)
+    linear.weight = nn.Parameter(torch.randn(8, 12).t())
+    layers = [
+        [NMLinear.from_linear(linear, 1, 4, backend=backend) for _ in range(2)] for backend in ("native", "masked")
+    ]
+    for online, target in layers:
+        online.values.data += 1
+        target.polyak_(online, 0.3)
+    torch.testing.assert_close(layers[0][1].master, layers[1][1].master)
+
+
+@needs_kernels
 def test_what_does_not_fit_is_refused():
     layer = NMLinear(12, 5, n=1, m=4, backend="native")
     with pytest.raises(RuntimeError, match="do not fit"):
         layer(torch.randn(3, 16))
     with pytest.raises(RuntimeError, match="Float"):
         layer.double()(torch.randn(3, 12).double())
-    with pytest.raises(RuntimeError, match="out of range"):
-        torch.ops.rnm_td3.layout(torch.tensor([[0, 40]]), 12)
+    for wrong in (-1, 12, 40, 128, 300, 2**40):
+        with pytest.raises(RuntimeError, match="out of range"):
+            torch.ops.rnm_td3.layout(torch.tensor([[0, wrong]]), 12)
+    for other in (NMLinear(4096, 2048, n=1, m=4, backend="native"), NMLinear(12, 5, n=2, m=4, backend="native")):
+        with pytest.raises(RuntimeError, match="differ in shape"):
+            NMLinear(12, 5, n=1, m=4, backend="native").polyak_(other, 0.5)
     with pytest.raises(RuntimeError, match="65536"):
         torch.ops.rnm_td3.layout(torch.zeros(65537, 1, dtype=torch.int64), 12)
     with pytest.raises(RuntimeError, match="save=False"):

@@ -114,10 +114,19 @@ def test_what_the_gpu_cannot_do_is_one_line(monkeypatch):
             choose_backend("semi_structured", n, m, CUDA)
     for capability, n, m in [((8, 0), 2, 4), ((8, 9), 1, 2), ((9, 0), 2, 4), ((10, 0), 2, 4)]:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None, c=capability: c)
+        monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: True)
         assert choose_backend("semi_structured", n, m, CUDA) == "semi_structured"
+    monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: False)
+    with pytest.raises(UsageError, match="cuSPARSELt"):
+        choose_backend("semi_structured", 2, 4, CUDA)
     assert choose_backend("auto", 2, 4, CUDA) == "masked"
     with pytest.raises(UsageError, match="--no-cuda"):
         choose_backend("native", 2, 4, CUDA)
+
+
+def test_other_patterns_are_refused_by_the_layer():
+    with pytest.raises(ValueError, match="2:4 or 1:2, not 1:4"):
+        layer_of(1, 4, torch.bfloat16, 64, 32)
 
 
 # ---------------------------------------------------------------- on a GPU
