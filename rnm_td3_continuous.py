@@ -206,10 +206,8 @@ class NMLinear(nn.Module):
     def polyak_(self, online: "NMLinear", tau: float) -> None:
         """W' <- tau W + (1 - tau) W' over all entries, active or not; the mask E' stays. b' likewise."""
         if self.backend == "native":
-            mine = self.values, self.master, self.layout
-            torch.ops.rnm_td3.polyak.default(online.values, online.master, online.layout, *mine, tau)
-        else:
-            self.values.copy_(self.sync().lerp_(online.sync(), tau).gather(1, self.index))
+            return native_polyak([online], [self], tau)
+        self.values.copy_(self.sync().lerp_(online.sync(), tau).gather(1, self.index))
         if self.bias is not None:
             self.bias.lerp_(online.bias, tau)
 
@@ -221,12 +219,16 @@ class NMLinear(nn.Module):
         an entry that leaves is frozen there, one that returns is picked up as it was.
         Returns: SAD, the number of entries of E that changed (Zhou et al. 2021, arXiv 2102.04010).
         """
+        state = optimizer.state.get(self.values, {}) if optimizer else {}
+        state = {key: value for key, value in state.items() if torch.is_tensor(value) and value.dim()}  # not the step
+        masters = [self.state_masters.setdefault(key, torch.zeros_like(self.master)) for key in state]
+        if self.backend == "native":
+            mine = self.values, self.index, self.master, self.layout, list(state.values()), masters
+            return torch.ops.rnm_td3.project.default(*mine, self.n, self.m, index)
         old_mask, master = self.mask(), self.sync()
         index = self._projected_index() if index is None else index
-        for name, active in optimizer.state.get(self.values, {}).items() if optimizer else ():
-            if torch.is_tensor(active) and active.shape == self.values.shape:
-                state_master = self.state_masters.setdefault(name, torch.zeros_like(master))
-                active.copy_(state_master.scatter_(1, self.index, active).gather(1, index))
+        for active, state_master in zip(state.values(), masters, strict=True):
+            active.copy_(state_master.scatter_(1, self.index, active).gather(1, index))
         self.values.copy_(master.gather(1, index))
         self.index.copy_(index)
         self.refresh()
@@ -295,7 +297,7 @@ constexpr int BLOCK = 8192 / TILE;  // features of a tile that fill a first-leve
 #define UNROLL _Pragma("GCC unroll 16")
 #define INLINE static inline __attribute__((always_inline))
 typedef float vec __attribute__((vector_size(4 * V), aligned(4), may_alias));
-typedef int ivec __attribute__((vector_size(4 * V)));
+typedef int ivec __attribute__((vector_size(4 * V), aligned(4), may_alias));
 typedef uint16_t lanes __attribute__((vector_size(2 * V), aligned(2), may_alias));
 INLINE vec load(const float* p) { return *(const vec*)p; }
 INLINE void store(float* p, vec v) { *(vec*)p = v; }
@@ -364,32 +366,37 @@ struct Layer {
     if (bias.numel()) b = bias.data_ptr<float>();
   }
 };
+static void write_layout(const Layer& l, const int64_t* id) {
+  const int64_t R = l.R, A = l.A;
+  memset(l.irregular, 0, 4 * l.size);
+  for (int64_t r = 0; r < R; r++) for (int64_t b = 0, j = 0; b < l.blocks; b++) {
+    l.range[2 * (b * R + r)] = r * A + j;
+    for (const int64_t* row = id + r * A; j < A && row[j] < (b + 1) * BLOCK; j++) {
+      l.column[r * A + j] = row[j];
+      l.t_range[2 * (r / BLOCK * l.C + row[j]) + 1]++;  // at first the number of values,
+      *l.irregular |= row[j] / V != id[j] / V;
+    }
+    l.range[2 * (b * R + r) + 1] = r * A + j;
+  }
+  for (int64_t i = 0, begin = 0; i < l.t_blocks * l.C; i++) {  // then where they begin,
+    const int count = l.t_range[2 * i + 1];
+    l.t_range[2 * i] = l.t_range[2 * i + 1] = begin;
+    begin += count;
+  }
+  for (int64_t r = 0; r < R; r++) for (int64_t j = 0; j < A; j++) {
+    const int64_t column = l.column[r * A + j];
+    const int end = l.t_range[2 * (r / BLOCK * l.C + column) + 1]++;  // and last where they end
+    l.row[end] = r, l.place[r * A + j] = end, l.lane[r / V * A + j][r % V] = column % V;
+  }
+}
 Tensor layout(const Tensor& index_, int64_t columns) {
   TORCH_CHECK(index_.is_cpu(), "the native backend is for the CPU");
   const Tensor index = index_.contiguous();
   const int64_t R = index.size(0), A = index.size(1), *id = index.data_ptr<int64_t>();
   TORCH_CHECK(max(R, columns) <= 65536 && R * A <= INT_MAX / 4, "native layers have up to 65536 neurons");
   for (int64_t j = 0; j < R * A; j++) TORCH_CHECK(id[j] >= 0 && id[j] < columns, "index out of range");
-  Tensor out = at::zeros({Layer(R, A, columns, nullptr).size}, at::kInt);
-  const Layer l(R, A, columns, out.data_ptr<int>());
-  for (int64_t r = 0; r < R; r++) for (int64_t b = 0, j = r * A; b < l.blocks; b++) {
-    l.range[2 * (b * R + r)] = j;
-    for (; j < (r + 1) * A && id[j] < (b + 1) * BLOCK; j++) {
-      l.column[j] = id[j];
-      l.t_range[2 * (r / BLOCK * columns + id[j]) + 1]++;  // at first the number of values,
-      *l.irregular |= id[j] / V != id[j % A] / V;
-    }
-    l.range[2 * (b * R + r) + 1] = j;
-  }
-  for (int64_t i = 0, begin = 0; i < l.t_blocks * columns; i++) {  // then where they begin,
-    const int count = l.t_range[2 * i + 1];
-    l.t_range[2 * i] = l.t_range[2 * i + 1] = begin;
-    begin += count;
-  }
-  for (int64_t r = 0; r < R; r++) for (int64_t j = r * A; j < (r + 1) * A; j++) {
-    const int end = l.t_range[2 * (r / BLOCK * columns + id[j]) + 1]++;  // and last where they end
-    l.row[end] = r, l.place[j] = end, l.lane[r / V * A + j % A][r % V] = id[j] % V;
-  }
+  Tensor out = at::empty({Layer(R, A, columns, nullptr).size}, at::kInt);
+  write_layout(Layer(R, A, columns, out.data_ptr<int>()), id);
   return out;
 }
 
@@ -574,28 +581,173 @@ std::tuple<Tensor, std::vector<Tensor>> mlp_backward(const Tensor& grad, const T
   return {dx, dw};
 }
 
-// W' <- tau W + (1 - tau) W' over all entries. Both dense masters get their values first, then the target's follow.
-void polyak(const Tensor& values, Tensor& master, const Tensor& layout, Tensor& target_values, Tensor& target_master,
-            const Tensor& target_layout, double tau) {
+// W' <- tau W + (1 - tau) W' over all entries, and b'. Both masters get their values first, then the target's follow.
+void polyak(TensorList online, TensorList masters, TensorList target, TensorList target_masters, double tau) {
+  TORCH_CHECK(online.size() == 3 * masters.size() && target.size() == online.size() &&
+              target_masters.size() == masters.size(), "needs values, bias, layout and master of the same layers");
+  const float share = tau;
+  for (size_t i = 0; i < masters.size(); i++) {
+    const int64_t C = masters[i].size(1);
+    const Layer from(C, online[3 * i], online[3 * i + 1], online[3 * i + 2]);
+    const Layer to(C, target[3 * i], target[3 * i + 1], target[3 * i + 2]);
+    TORCH_CHECK(from.R == to.R && from.A == to.A && !from.b == !to.b && masters[i].size(0) == from.R &&
+                masters[i].sizes() == target_masters[i].sizes(), "the two layers differ in shape");
+    for (const Tensor& t : {target[3 * i], target[3 * i + 1], masters[i], target_masters[i]}) {
+      TORCH_CHECK(t.is_contiguous(), "values, biases and masters have to be contiguous");
+      t.unsafeGetTensorImpl()->bump_version();
+    }
+    float *w = masters[i].data_ptr<float>(), *tw = target_masters[i].data_ptr<float>();
+    float *tv = (float*)to.v, *tb = (float*)to.b;
+    at::parallel_for(0, from.R, 16384 / C + 1, [&](int64_t r, int64_t last) {
+      for (; r < last; r++) {
+        const int64_t begin = r * from.A, end = begin + from.A;
+        for (int64_t j = begin; j < end; j++) w[r * C + from.column[j]] = from.v[j];
+        for (int64_t j = begin; j < end; j++) tw[r * C + to.column[j]] = tv[j];
+        int64_t c = r * C;
+        for (; c + V <= (r + 1) * C; c += V) store(tw + c, load(tw + c) + share * (load(w + c) - load(tw + c)));
+        for (; c < (r + 1) * C; c++) tw[c] += share * (w[c] - tw[c]);
+        for (int64_t j = begin; j < end; j++) tv[j] = tw[r * C + to.column[j]];
+        if (tb) tb[r] += share * (from.b[r] - tb[r]);
+      }
+    });
+  }
+}
+
+// The columns of a row that P_NM keeps, ascending: of each m, the n of largest magnitude, of equal ones the lowest.
+// Magnitudes are compared as integers, which the bits of positive floats are in the same order as; NaN is the largest.
+static void select(const float* w, int64_t C, int64_t n, int64_t m, int64_t* ids) {
+  int64_t c = 0, k = 0;
+  if (V % m == 0) for (; c + V <= C; c += V) {  // by counting, for each of V weights, the larger ones in its group
+    const ivec magnitude = *(const ivec*)(w + c) & 0x7fffffff;
+    ivec larger = {}, lane;
+    for (int i = 0; i < V; i++) lane[i] = i;
+    for (int shift = 1; shift < m; shift++) {
+      const ivec wrapped = (lane & ((int)m - 1)) + shift >= (int)m;  // V is a power of two, and so is m
+      const ivec other = __builtin_shuffle(magnitude, lane + shift + (wrapped & -(int)m));
+      larger -= (other > magnitude) | ((other == magnitude) & wrapped);
+    }
+    for (int i = 0; i < V; i++) ids[k] = c + i, k += larger[i] < n;
+  }
+  std::vector<uint64_t> group;
+  for (; c < C; c += m) {
+    for (int64_t i = c; i < min(c + m, C); i++) {
+      uint32_t bits;
+      memcpy(&bits, w + i, 4);
+      group.push_back((uint64_t)(0x7fffffff - (bits & 0x7fffffff)) << 32 | i);
+    }
+    const int64_t kept = min<int64_t>(n, group.size());
+    std::nth_element(group.begin(), group.begin() + kept - 1, group.end());
+    for (int64_t i = 0; i < kept; i++) ids[k + i] = group[i] & 0xffffffff;
+    std::sort(ids + k, ids + k + kept);
+    k += kept, group.clear();
+  }
+}
+
+// NMLinear.project. Rows whose mask stays cost no more than the look.
+int64_t project(Tensor& values, Tensor& index, Tensor& master, Tensor& layout, TensorList states,
+                TensorList state_masters, int64_t n, int64_t m, const std::optional<Tensor>& given) {
   const int64_t R = values.size(0), A = values.size(1), C = master.size(1);
-  const Layer online(R, A, C, layout.data_ptr<int>()), target(R, A, C, target_layout.data_ptr<int>());
-  TORCH_CHECK(target_values.sizes() == values.sizes() && target_master.sizes() == master.sizes() &&
-              online.size == layout.numel() && target.size == target_layout.numel(), "the two layers differ in shape");
-  for (const Tensor& t : {values, target_values, master, target_master})
-    TORCH_CHECK(t.is_contiguous(), "values and masters have to be contiguous");
-  const float *v = values.data_ptr<float>(), share = tau;
-  float *w = master.data_ptr<float>(), *tv = target_values.data_ptr<float>(), *tw = target_master.data_ptr<float>();
-  for (const Tensor& t : {master, target_values, target_master}) t.unsafeGetTensorImpl()->bump_version();
-  at::parallel_for(0, R, 65536 / C + 1, [&](int64_t r, int64_t last) {
+  const Layer l(R, A, C, layout.data_ptr<int>());
+  TORCH_CHECK(l.size == layout.numel() && index.sizes() == values.sizes() && master.size(0) == R, "does not fit");
+  TORCH_CHECK(1 <= n && n <= m && A == C / m * n + min(n, C % m), "values do not have the size of this N:M");
+  TORCH_CHECK(!given || given->sizes() == index.sizes(), "the given index does not fit");
+  for (TensorList tensors : {TensorList({values, index, master}), states, state_masters})
+    for (const Tensor& t : tensors) {
+      TORCH_CHECK(t.is_contiguous(), "tensors have to be contiguous");
+      t.unsafeGetTensorImpl()->bump_version();
+    }
+  float *v = values.data_ptr<float>(), *w = master.data_ptr<float>();
+  int64_t* id = index.data_ptr<int64_t>();
+  std::atomic<int64_t> changed = 0;
+  at::parallel_for(0, R, 16384 / C + 1, [&](int64_t r, int64_t last) {
+    std::vector<int64_t> next(A + V);
     for (; r < last; r++) {
-      for (int64_t j = r * A; j < (r + 1) * A; j++) w[r * C + online.column[j]] = v[j];
-      for (int64_t j = r * A; j < (r + 1) * A; j++) tw[r * C + target.column[j]] = tv[j];
-      int64_t i = r * C;
-      for (; i + V <= (r + 1) * C; i += V) store(tw + i, load(tw + i) + share * (load(w + i) - load(tw + i)));
-      for (; i < (r + 1) * C; i++) tw[i] += share * (w[i] - tw[i]);
-      for (int64_t j = r * A; j < (r + 1) * A; j++) tv[j] = tw[r * C + target.column[j]];
+      int64_t *now = id + r * A, stayed = 0;
+      for (int64_t j = 0; j < A; j++) w[r * C + now[j]] = v[r * A + j];
+      if (!given) select(w + r * C, C, n, m, next.data());
+      else std::copy_n(given->data_ptr<int64_t>() + r * A, A, next.data());
+      if (std::equal(now, now + A, next.data())) continue;
+      for (int64_t i = 0, j = 0; i < A && j < A;)
+        if (now[i] == next[j]) stayed++, i++, j++; else if (now[i] < next[j]) i++; else j++;
+      changed += 2 * (A - stayed);
+      for (size_t s = 0; s < states.size(); s++) {
+        float *state = states[s].data_ptr<float>() + r * A, *all = state_masters[s].data_ptr<float>() + r * C;
+        for (int64_t j = 0; j < A; j++) all[now[j]] = state[j];
+        for (int64_t j = 0; j < A; j++) state[j] = all[next[j]];
+      }
+      for (int64_t j = 0; j < A; j++) now[j] = next[j], v[r * A + j] = w[r * C + next[j]];
     }
   });
+  if (changed) write_layout(l, id);
+  return changed;
+}
+
+// A step of torch.optim.Adam with fused=True, which spends more time on what surrounds it.
+__attribute__((optimize("tree-vectorize"))) static void adam_range(int64_t n, float* __restrict p, float* __restrict m,
+    float* __restrict s, const float* __restrict g, float beta1, float beta2, float rate, float correction, float eps) {
+  for (int64_t i = 0; i < n; i++) {
+    m[i] += (1 - beta1) * (g[i] - m[i]);
+    s[i] = beta2 * s[i] + (1 - beta2) * g[i] * g[i];
+    p[i] -= rate * m[i] / (std::sqrt(s[i]) / correction + eps);
+  }
+}
+void adam(TensorList parameters, TensorList gradients, TensorList averages, TensorList squares, TensorList steps,
+          double lr, double beta1, double beta2, double eps) {
+  for (size_t i = 0; i < parameters.size(); i++) {
+    for (const Tensor& t : {parameters[i], gradients[i], averages[i], squares[i]})
+      TORCH_CHECK(t.is_contiguous() && t.numel() == parameters[i].numel(), "parameter, gradient and state do not fit");
+    parameters[i].unsafeGetTensorImpl()->bump_version();
+    float *p = parameters[i].data_ptr<float>(), *m = averages[i].data_ptr<float>(), *s = squares[i].data_ptr<float>();
+    const float *g = gradients[i].data_ptr<float>(), step = *steps[i].data_ptr<float>() += 1;
+    const double rate = lr / (1 - std::pow(beta1, step)), correction = std::sqrt(1 - std::pow(beta2, step));
+    at::parallel_for(0, parameters[i].numel(), 16384, [&](int64_t j, int64_t last) {
+      adam_range(last - j, p + j, m + j, s + j, g + j, beta1, beta2, rate, correction, eps);
+    });
+  }
+}
+
+// What the actor's output becomes; action_range: low, high, half the range, its middle.
+static Tensor squash(const Tensor& output, TensorList action_range) {
+  return output.tanh().mul_(action_range[2]).add_(action_range[3]);
+}
+Tensor act(const Tensor& obs, TensorList actor, TensorList action_range, double noise) {
+  Tensor action = squash(std::get<0>(mlp(obs, actor, false)), action_range);
+  if (noise > 0) action.add_(at::randn_like(action).mul_(action_range[2] * noise));
+  return action.clamp_(action_range[0], action_range[1]);
+}
+
+// What TD3.update_critics does up to the optimizer's step; autograd would cost as much as the products. Returns the
+// values of both critics, their target, and the gradients.
+std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> critic_gradients(
+    TensorList batch, TensorList action_range, double policy_noise, double noise_clip, double gamma,
+    TensorList actor_target, TensorList qf1_target, TensorList qf2_target, TensorList qf1, TensorList qf2) {
+  const Tensor &obs = batch[0], &action = batch[1], &next_obs = batch[2], &reward = batch[3], &terminated = batch[4];
+  const auto q = [](const Tensor& x, TensorList net) { return std::get<0>(mlp(x, net, false)).squeeze(1); };
+  Tensor noise = at::randn_like(action).mul_(policy_noise).clamp_(-noise_clip, noise_clip).mul_(action_range[2]);
+  Tensor next_action = squash(std::get<0>(mlp(next_obs, actor_target, false)), action_range).add_(noise);
+  const Tensor next_x = at::cat({next_obs, next_action.clamp_(action_range[0], action_range[1])}, 1);
+  const Tensor next_q = at::minimum(q(next_x, qf1_target), q(next_x, qf2_target));
+  const Tensor target_q = reward + (1 - terminated) * gamma * next_q, x = at::cat({obs, action}, 1);
+  std::vector<Tensor> values, gradients;
+  for (TensorList net : {qf1, qf2}) {
+    const auto [y, tape] = mlp(x, net, true);
+    values.push_back(y.squeeze(1));
+    const Tensor grad = (values.back() - target_q).mul_(2. / x.size(0)).unsqueeze(1);
+    const auto [dx, dw] = mlp_backward(grad, x, tape, net, false, true);
+    gradients.insert(gradients.end(), dw.begin(), dw.end());
+  }
+  return {values[0], values[1], target_q, gradients};
+}
+
+// TD3.update_actor likewise: the loss, and the gradients.
+std::tuple<Tensor, std::vector<Tensor>> actor_gradients(const Tensor& obs, TensorList action_range, TensorList actor,
+                                                        TensorList qf1) {
+  const auto [output, actor_tape] = mlp(obs, actor, true);
+  const Tensor x = at::cat({obs, squash(output, action_range)}, 1), squashed = output.tanh(), scale = action_range[2];
+  const auto [q, tape] = mlp(x, qf1, true);
+  const Tensor dq = at::full_like(q, -1. / q.size(0)), dx = std::get<0>(mlp_backward(dq, x, tape, qf1, true, false));
+  const Tensor dy = dx.narrow(1, obs.size(1), scale.size(0)) * scale * (1 - squashed * squashed);
+  return {-q.mean(), std::get<1>(mlp_backward(dy, obs, actor_tape, actor, false, true))};
 }
 
 TORCH_LIBRARY(rnm_td3, m) {
@@ -603,11 +755,22 @@ TORCH_LIBRARY(rnm_td3, m) {
   m.def("mlp(Tensor x, Tensor[] layers, bool save) -> (Tensor y, Tensor tape)");
   m.def("mlp_backward(Tensor grad, Tensor x, Tensor tape, Tensor[] layers, bool need_x, bool need_w) -> "
         "(Tensor dx, Tensor[] dlayers)");
-  m.def("polyak(Tensor values, Tensor(a!) master, Tensor layout, Tensor(b!) target_values, Tensor(c!) target_master, "
-        "Tensor target_layout, float tau) -> ()");
+  m.def("polyak(Tensor[] online, Tensor(a!)[] masters, Tensor(b!)[] target, Tensor(c!)[] target_masters, float tau) "
+        "-> ()");
+  m.def("project(Tensor(a!) values, Tensor(b!) index, Tensor(c!) master, Tensor(d!) layout, Tensor(e!)[] states, "
+        "Tensor(f!)[] state_masters, int n, int m, Tensor? given) -> int");
+  m.def("adam(Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[] averages, Tensor(c!)[] squares, "
+        "Tensor(d!)[] steps, float lr, float beta1, float beta2, float eps) -> ()");
+  m.def("act(Tensor obs, Tensor[] actor, Tensor[] action_range, float noise) -> Tensor");
+  m.def("critic_gradients(Tensor[] batch, Tensor[] action_range, float policy_noise, float noise_clip, float gamma, "
+        "Tensor[] actor_target, Tensor[] qf1_target, Tensor[] qf2_target, Tensor[] qf1, Tensor[] qf2) -> "
+        "(Tensor, Tensor, Tensor, Tensor[])");
+  m.def("actor_gradients(Tensor obs, Tensor[] action_range, Tensor[] actor, Tensor[] qf1) -> (Tensor, Tensor[])");
 }
 TORCH_LIBRARY_IMPL(rnm_td3, CPU, m) {
-  m.impl("mlp", mlp), m.impl("mlp_backward", mlp_backward), m.impl("polyak", polyak);
+  m.impl("mlp", mlp), m.impl("mlp_backward", mlp_backward), m.impl("polyak", polyak), m.impl("project", project);
+  m.impl("adam", adam), m.impl("act", act);
+  m.impl("critic_gradients", critic_gradients), m.impl("actor_gradients", actor_gradients);
 }
 
 template <class F> static auto op(const char* name, F*) {  // through the dispatcher, so that torch.compile can trace it
@@ -659,7 +822,7 @@ def load_kernels() -> str | None:
     """Register `torch.ops.rnm_td3`, compiled on the first call on a machine. Returns why that failed, or None."""
     capability = torch.backends.cpu.get_cpu_capability()
     flags = {"AVX512": ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mfma"], "AVX2": ["-mavx2", "-mfma"]}
-    flags = ["-O3", "-std=c++20", "-fopenmp", "-fno-tree-vectorize", *flags.get(capability, [])]
+    flags = ["-O3", "-std=c++20", "-fopenmp", "-fno-tree-vectorize", "-fno-math-errno", *flags.get(capability, [])]
     key = hashlib.sha256("".join([KERNELS, *flags, torch.__version__]).encode()).hexdigest()[:16]
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
     library = root / f"rnm_td3_{key}.so"
@@ -693,15 +856,41 @@ def load_kernels() -> str | None:
     return None
 
 
-def native_mlp(x: torch.Tensor, layers: list["NMLinear"]) -> torch.Tensor:
-    """What `layers` with ReLU between them make of x [..., C], float32, in one call of the kernels."""
+def native_tensors(layers: list["NMLinear"]) -> list[torch.Tensor]:
+    """Values, bias and layout of each layer in turn, as the kernels take them."""
     tensors = []
     for layer in layers:
         parameters = layer._parameters  # an attribute of a module takes ten times as long, and this is called often
         bias = parameters.get("bias")
-        tensors += parameters["values"], x.new_empty(0) if bias is None else bias, layer._buffers["layout"]
+        tensors += parameters["values"], layer.master.new_empty(0) if bias is None else bias, layer._buffers["layout"]
+    return tensors
+
+
+def native_mlp(x: torch.Tensor, layers: list["NMLinear"]) -> torch.Tensor:
+    """What `layers` with ReLU between them make of x [..., C], float32, in one call of the kernels."""
+    tensors = native_tensors(layers)
     y, _ = torch.ops.rnm_td3.mlp.default(x.reshape(-1, x.shape[-1]), tensors, torch.is_grad_enabled())
     return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def native_polyak(online: list["NMLinear"], target: list["NMLinear"], tau: float) -> None:
+    """`NMLinear.polyak_` of several layers in one call of the kernels."""
+    lists = (f(layers) for layers in (online, target) for f in (native_tensors, lambda x: [y.master for y in x]))
+    torch.ops.rnm_td3.polyak.default(*lists, tau)
+
+
+def native_adam(optimizer: torch.optim.Adam, gradients: list[torch.Tensor]) -> None:
+    """`optimizer.step()` with the given gradients of its parameters, in one call of the kernels."""
+    group = optimizer.param_groups[0]
+    if not optimizer.state:  # PyTorch makes it
+        for parameter, gradient in zip(group["params"], gradients, strict=True):
+            parameter.grad = gradient
+        optimizer.step()
+        return optimizer.zero_grad()
+    states = [optimizer.state[parameter] for parameter in group["params"]]
+    lists = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))
+    operator, options = torch.ops.rnm_td3.adam.default, (group["lr"], *group["betas"], group["eps"])
+    operator(group["params"], gradients, *lists, *options)
 
 
 class NMSequential(nn.Sequential):
@@ -715,8 +904,10 @@ class NMSequential(nn.Sequential):
         return native and kinds == [NMLinear, nn.ReLU] * (len(kinds) // 2) + [NMLinear]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        modules = list(self._modules.values())
-        return native_mlp(x, modules[::2]) if self.fits(modules) else super().forward(x)
+        return native_mlp(x, self.layers()) if self.fits(self._modules.values()) else super().forward(x)
+
+    def layers(self) -> list[NMLinear]:
+        return list(self._modules.values())[::2]
 
 
 # ---------------------------------------------------------------- semi-structured tensors (CUDA)
@@ -813,10 +1004,17 @@ class Actor(nn.Module):
     def forward(self, obs: torch.Tensor) -> torch.Tensor:
         return torch.tanh(self.net(obs)) * self.action_scale + self.action_bias
 
+    def action_range(self) -> list[torch.Tensor]:
+        """Low, high, half the range and its middle, each [A], as the kernels take them."""
+        return [self._buffers[f"action_{name}"] for name in ("low", "high", "scale", "bias")]
+
     @torch.no_grad()
     def act(self, obs: np.ndarray, noise: float = 0.0) -> np.ndarray:
         """Action [A] for one observation of any shape, with Gaussian noise of `noise` half ranges, clipped."""
         x = torch.as_tensor(obs, dtype=self.action_low.dtype, device=self.action_low.device)
+        if isinstance(self.net, NMSequential):
+            operator, layers = torch.ops.rnm_td3.act.default, native_tensors(self.net.layers())
+            return operator(x.view(1, -1), layers, self.action_range(), noise).numpy()[0]
         action = self(x.reshape(1, -1)).squeeze(0)
         if noise > 0:
             action += torch.randn_like(action) * (noise * self.action_scale)
@@ -1041,12 +1239,16 @@ def evaluate_model(args: Args) -> None:
 @torch.no_grad()
 def polyak_update(online: nn.Module, target: nn.Module, tau: float) -> None:
     """W' <- tau W + (1 - tau) W'; in N:M layers over all entries of the dense W."""
-    for layer, layer_target in zip(online.modules(), target.modules(), strict=True):
-        if isinstance(layer, NMLinear):
-            layer_target.polyak_(layer, tau)
-        elif isinstance(layer, nn.Linear):
-            layer_target.weight.lerp_(layer.weight, tau)
-            layer_target.bias.lerp_(layer.bias, tau)
+    for module, module_target in zip(online.children(), target.children(), strict=True):
+        if isinstance(module, NMSequential):
+            native_polyak(module.layers(), module_target.layers(), tau)
+        elif isinstance(module, NMLinear):
+            module_target.polyak_(module, tau)
+        elif isinstance(module, nn.Linear):
+            module_target.weight.lerp_(module.weight, tau)
+            module_target.bias.lerp_(module.bias, tau)
+        else:
+            polyak_update(module, module_target, tau)
 
 
 class TD3:
@@ -1070,36 +1272,38 @@ class TD3:
         self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), lr=args.learning_rate, fused=True)
         self.q_optimizer = torch.optim.Adam(critic_parameters, lr=args.learning_rate, fused=True)
 
-    def update_critics(self, batch: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
-        """One gradient step of both critics on a batch of `ReplayBuffer.sample`. Returns what to log."""
+    def update_critics(self, batch: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """One gradient step of both critics on a batch of `ReplayBuffer.sample`.
+
+        Returns: values of critic 1 and 2 before the step, and their target, each [B]; see `critic_scalars`.
+        """
         args, actor = self.args, self.actor
         obs, action, next_obs, reward, terminated = batch
+        noise = (torch.randn_like(action) * args.policy_noise).clamp(-args.noise_clip, args.noise_clip)
+        noise *= actor.action_scale
         with torch.no_grad():
-            noise = (torch.randn_like(action) * args.policy_noise).clamp(-args.noise_clip, args.noise_clip)
-            next_action = self.actor_target(next_obs) + noise * actor.action_scale
-            next_action = next_action.clamp(actor.action_low, actor.action_high)
+            next_action = (self.actor_target(next_obs) + noise).clamp(actor.action_low, actor.action_high)
             next_q = torch.min(self.qf1_target(next_obs, next_action), self.qf2_target(next_obs, next_action))
             target_q = reward + (1 - terminated) * args.gamma * next_q  # [B]
         qf1_values, qf2_values = self.qf1(obs, action), self.qf2(obs, action)
-        qf1_loss, qf2_loss = F.mse_loss(qf1_values, target_q), F.mse_loss(qf2_values, target_q)
-        qf_loss = qf1_loss + qf2_loss
+        qf_loss = F.mse_loss(qf1_values, target_q) + F.mse_loss(qf2_values, target_q)
         self.q_optimizer.zero_grad()
         qf_loss.backward()
         self.q_optimizer.step()
-        log = {"qf1_values": qf1_values.mean(), "qf2_values": qf2_values.mean()}
-        log |= {"qf1_loss": qf1_loss, "qf2_loss": qf2_loss, "qf_loss": qf_loss / 2}
-        return {f"losses/{name}": value.detach() for name, value in log.items()}
+        return qf1_values.detach(), qf2_values.detach(), target_q
 
-    def update_actor(self, obs: torch.Tensor) -> dict[str, torch.Tensor]:
-        """One gradient step of the actor, then the three targets follow. Returns what to log."""
+    def update_actor(self, obs: torch.Tensor) -> torch.Tensor:
+        """One gradient step of the actor, then the three targets follow. Returns the loss before the step."""
         actor_loss = -self.qf1(obs, self.actor(obs)).mean()
         self.actor_optimizer.zero_grad()
         actor_loss.backward(inputs=list(self.actor.parameters()))  # the critic gets no gradient here
         self.actor_optimizer.step()
-        polyak_update(self.actor, self.actor_target, self.args.tau)
-        polyak_update(self.qf1, self.qf1_target, self.args.tau)
-        polyak_update(self.qf2, self.qf2_target, self.args.tau)
-        return {"losses/actor_loss": actor_loss.detach()}
+        self.update_targets()
+        return actor_loss.detach()
+
+    def update_targets(self) -> None:
+        for name in ("actor", "qf1", "qf2"):
+            polyak_update(self.networks[name], self.networks[f"{name}_target"], self.args.tau)
 
     def nm_layers(self) -> dict[str, NMLinear]:
         """All N:M layers by name, such as `qf1_target.net.2`, those of the online networks first."""
@@ -1121,6 +1325,30 @@ class TD3:
         return {f"sad/{key}": sad[key] for key in sad} | {f"sad_rate/{key}": sad[key] / active[key] for key in sad}
 
 
+class NativeTD3(TD3):
+    """The same without autograd, whose overhead is that of the products: one call of the kernels for all gradients.
+
+    For networks that are sparse throughout, with the native backend.
+    """
+
+    @torch.no_grad()
+    def update_critics(self, batch: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        networks = (self.actor_target, self.qf1_target, self.qf2_target, self.qf1, self.qf2)
+        tensors = (native_tensors(network.net.layers()) for network in networks)
+        operator, noise = torch.ops.rnm_td3.critic_gradients.default, (self.args.policy_noise, self.args.noise_clip)
+        *values, gradients = operator(batch, self.actor.action_range(), *noise, self.args.gamma, *tensors)
+        native_adam(self.q_optimizer, gradients)
+        return tuple(values)
+
+    @torch.no_grad()
+    def update_actor(self, obs: torch.Tensor) -> torch.Tensor:
+        tensors = (native_tensors(network.net.layers()) for network in (self.actor, self.qf1))
+        actor_loss, gradients = torch.ops.rnm_td3.actor_gradients.default(obs, self.actor.action_range(), *tensors)
+        native_adam(self.actor_optimizer, gradients)
+        self.update_targets()
+        return actor_loss
+
+
 # ---------------------------------------------------------------- training
 
 
@@ -1137,7 +1365,9 @@ def train(args: Args) -> tuple[TD3, ReplayBuffer, Path]:
 
     obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
     try:
-        agent = TD3(obs_dim, env.action_space.low, env.action_space.high, args, device)
+        args.backend = choose_backend(args.backend, args.n, args.m, device)
+        agent_class = NativeTD3 if args.backend == "native" and args.dense_layers == "none" else TD3
+        agent = agent_class(obs_dim, env.action_space.low, env.action_space.high, args, device)
         buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim)
     except (RuntimeError, TypeError) as error:
         raise UsageError(f"no memory for --hidden-sizes or --buffer-size; lower them: {error!r}") from error
@@ -1172,15 +1402,17 @@ def train(args: Args) -> tuple[TD3, ReplayBuffer, Path]:
             update = global_step - args.learning_starts  # critic updates, with the one that comes now
             if update >= 1:
                 batch = buffer.sample(args.batch_size, device)
-                losses = agent.update_critics(batch)
+                values = agent.update_critics(batch)
                 if update % args.policy_frequency == 0:
-                    losses |= agent.update_actor(batch[0])
+                    actor_loss = agent.update_actor(batch[0])
                 if args.mask_update_interval and update % args.mask_update_interval == 0:
                     log.scalars(agent.project(), global_step)
                     if args.save_masks:
                         mask_bits = save_masks(masks_folder, layers, global_step, update, mask_bits)
                 if update % 100 == 0 or evaluating or last:
-                    losses = {name: value.item() for name, value in losses.items()}
+                    losses = critic_scalars(*values)
+                    if update >= args.policy_frequency:
+                        losses["losses/actor_loss"] = actor_loss.item()
                     check_finite(losses | {"action": agent.actor.act(obs)}, global_step, agent)
                     log.scalars(losses, global_step)
             if evaluating:
@@ -1196,6 +1428,14 @@ def train(args: Args) -> tuple[TD3, ReplayBuffer, Path]:
         for resource in (log, env, eval_env):
             resource.close()
     return agent, buffer, log.folder
+
+
+def critic_scalars(qf1_values: torch.Tensor, qf2_values: torch.Tensor, target_q: torch.Tensor) -> dict[str, float]:
+    """What to log of what `TD3.update_critics` returns: computed when it is, since that is once in 100 updates."""
+    log = {"qf1_values": qf1_values.mean(), "qf2_values": qf2_values.mean()}
+    log |= {"qf1_loss": F.mse_loss(qf1_values, target_q), "qf2_loss": F.mse_loss(qf2_values, target_q)}
+    log["qf_loss"] = (log["qf1_loss"] + log["qf2_loss"]) / 2
+    return {f"losses/{name}": value.item() for name, value in log.items()}
 
 
 def check_finite(values: dict[str, float | np.ndarray], step: int, agent: TD3) -> None:

@@ -327,10 +327,7 @@ def evaluate_model(args: Args) -> None:
 @torch.no_grad()
 def polyak_update(online: nn.Module, target: nn.Module, tau: float) -> None:
     """W' <- tau W + (1 - tau) W'."""
-    for layer, layer_target in zip(online.modules(), target.modules(), strict=True):
-        if isinstance(layer, nn.Linear):
-            layer_target.weight.lerp_(layer.weight, tau)
-            layer_target.bias.lerp_(layer.bias, tau)
+    torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), tau)
 
 
 class TD3:
@@ -350,36 +347,38 @@ class TD3:
         self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), lr=args.learning_rate, fused=True)
         self.q_optimizer = torch.optim.Adam(critic_parameters, lr=args.learning_rate, fused=True)
 
-    def update_critics(self, batch: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
-        """One gradient step of both critics on a batch of `ReplayBuffer.sample`. Returns what to log."""
+    def update_critics(self, batch: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """One gradient step of both critics on a batch of `ReplayBuffer.sample`.
+
+        Returns: values of critic 1 and 2 before the step, and their target, each [B]; see `critic_scalars`.
+        """
         args, actor = self.args, self.actor
         obs, action, next_obs, reward, terminated = batch
+        noise = (torch.randn_like(action) * args.policy_noise).clamp(-args.noise_clip, args.noise_clip)
+        noise *= actor.action_scale
         with torch.no_grad():
-            noise = (torch.randn_like(action) * args.policy_noise).clamp(-args.noise_clip, args.noise_clip)
-            next_action = self.actor_target(next_obs) + noise * actor.action_scale
-            next_action = next_action.clamp(actor.action_low, actor.action_high)
+            next_action = (self.actor_target(next_obs) + noise).clamp(actor.action_low, actor.action_high)
             next_q = torch.min(self.qf1_target(next_obs, next_action), self.qf2_target(next_obs, next_action))
             target_q = reward + (1 - terminated) * args.gamma * next_q  # [B]
         qf1_values, qf2_values = self.qf1(obs, action), self.qf2(obs, action)
-        qf1_loss, qf2_loss = F.mse_loss(qf1_values, target_q), F.mse_loss(qf2_values, target_q)
-        qf_loss = qf1_loss + qf2_loss
+        qf_loss = F.mse_loss(qf1_values, target_q) + F.mse_loss(qf2_values, target_q)
         self.q_optimizer.zero_grad()
         qf_loss.backward()
         self.q_optimizer.step()
-        log = {"qf1_values": qf1_values.mean(), "qf2_values": qf2_values.mean()}
-        log |= {"qf1_loss": qf1_loss, "qf2_loss": qf2_loss, "qf_loss": qf_loss / 2}
-        return {f"losses/{name}": value.detach() for name, value in log.items()}
+        return qf1_values.detach(), qf2_values.detach(), target_q
 
-    def update_actor(self, obs: torch.Tensor) -> dict[str, torch.Tensor]:
-        """One gradient step of the actor, then the three targets follow. Returns what to log."""
+    def update_actor(self, obs: torch.Tensor) -> torch.Tensor:
+        """One gradient step of the actor, then the three targets follow. Returns the loss before the step."""
         actor_loss = -self.qf1(obs, self.actor(obs)).mean()
         self.actor_optimizer.zero_grad()
         actor_loss.backward(inputs=list(self.actor.parameters()))  # the critic gets no gradient here
         self.actor_optimizer.step()
-        polyak_update(self.actor, self.actor_target, self.args.tau)
-        polyak_update(self.qf1, self.qf1_target, self.args.tau)
-        polyak_update(self.qf2, self.qf2_target, self.args.tau)
-        return {"losses/actor_loss": actor_loss.detach()}
+        self.update_targets()
+        return actor_loss.detach()
+
+    def update_targets(self) -> None:
+        for name in ("actor", "qf1", "qf2"):
+            polyak_update(self.networks[name], self.networks[f"{name}_target"], self.args.tau)
 
 
 # ---------------------------------------------------------------- training
@@ -430,11 +429,13 @@ def train(args: Args) -> tuple[TD3, ReplayBuffer, Path]:
             update = global_step - args.learning_starts  # critic updates, with the one that comes now
             if update >= 1:
                 batch = buffer.sample(args.batch_size, device)
-                losses = agent.update_critics(batch)
+                values = agent.update_critics(batch)
                 if update % args.policy_frequency == 0:
-                    losses |= agent.update_actor(batch[0])
+                    actor_loss = agent.update_actor(batch[0])
                 if update % 100 == 0 or evaluating or last:
-                    losses = {name: value.item() for name, value in losses.items()}
+                    losses = critic_scalars(*values)
+                    if update >= args.policy_frequency:
+                        losses["losses/actor_loss"] = actor_loss.item()
                     check_finite(losses | {"action": agent.actor.act(obs)}, global_step, agent)
                     log.scalars(losses, global_step)
             if evaluating:
@@ -450,6 +451,14 @@ def train(args: Args) -> tuple[TD3, ReplayBuffer, Path]:
         for resource in (log, env, eval_env):
             resource.close()
     return agent, buffer, log.folder
+
+
+def critic_scalars(qf1_values: torch.Tensor, qf2_values: torch.Tensor, target_q: torch.Tensor) -> dict[str, float]:
+    """What to log of what `TD3.update_critics` returns: computed when it is, since that is once in 100 updates."""
+    log = {"qf1_values": qf1_values.mean(), "qf2_values": qf2_values.mean()}
+    log |= {"qf1_loss": F.mse_loss(qf1_values, target_q), "qf2_loss": F.mse_loss(qf2_values, target_q)}
+    log["qf_loss"] = (log["qf1_loss"] + log["qf2_loss"]) / 2
+    return {f"losses/{name}": value.item() for name, value in log.items()}
 
 
 def check_finite(values: dict[str, float | np.ndarray], step: int, agent: TD3) -> None:

