@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -66,6 +67,8 @@ class Args:
     hidden_sizes: tuple[int, ...] = (256, 256)  # neurons of each hidden layer, of actor and critics
     eval_interval: int = 5_000  # environment steps between evaluations (0 = none); the last step is evaluated too
     eval_episodes: int = 10  # episodes per evaluation, without noise, on an environment of its own
+    overlap: bool = False  # step the environment in a thread while learning: for a core that would idle; same results
+    profile: bool = False  # print at the end where the time of the training loop went
 
     n: int = 2  # N: active weights in each group of M
     m: int = 4  # M: consecutive inputs of a neuron that form a group
@@ -97,6 +100,8 @@ def check_args(args: Args) -> None:
         raise UsageError(f"--hidden-sizes is {args.hidden_sizes}; give one or more sizes of at least 1")
     if args.dense_layers == "first,last" and len(args.hidden_sizes) == 1:
         raise UsageError("--dense-layers first,last leaves nothing sparse; give --hidden-sizes a second layer")
+    if args.overlap and args.capture_video:
+        raise UsageError("--overlap steps the environment in a thread, where it cannot be filmed; drop --capture-video")
     if not args.exp_name or args.exp_name != Path(args.exp_name).name:
         raise UsageError(f"--exp-name is {args.exp_name!r}; give a plain name without slashes")
 
@@ -1172,6 +1177,26 @@ class RunLog:
             self.wandb.finish()
 
 
+class Profile:
+    """Where the time goes: every lap counts for one part, from the end of the lap before."""
+
+    def __init__(self):
+        self.seconds, self.laps, self.last = Counter(), Counter(), time.perf_counter()
+
+    def lap(self, part: str) -> None:
+        now = time.perf_counter()
+        self.seconds[part] += now - self.last
+        self.laps[part] += 1
+        self.last = now
+
+    def __str__(self) -> str:
+        rows = [f"{'part':12}{'seconds':>10}{'share':>8}{'us a lap':>10}"]
+        for part, seconds in self.seconds.most_common():
+            share = seconds / self.seconds.total()
+            rows.append(f"{part:12}{seconds:10.2f}{share:8.1%}{seconds / self.laps[part] * 1e6:10.1f}")
+        return "\n".join(rows)
+
+
 # ---------------------------------------------------------------- model files
 
 MODEL_FORMAT = "rnm-td3-1"
@@ -1293,15 +1318,15 @@ class TD3:
         return qf1_values.detach(), qf2_values.detach(), target_q
 
     def update_actor(self, obs: torch.Tensor) -> torch.Tensor:
-        """One gradient step of the actor, then the three targets follow. Returns the loss before the step."""
+        """One gradient step of the actor. Returns the loss before it."""
         actor_loss = -self.qf1(obs, self.actor(obs)).mean()
         self.actor_optimizer.zero_grad()
         actor_loss.backward(inputs=list(self.actor.parameters()))  # the critic gets no gradient here
         self.actor_optimizer.step()
-        self.update_targets()
         return actor_loss.detach()
 
     def update_targets(self) -> None:
+        """Polyak update of the three targets."""
         for name in ("actor", "qf1", "qf2"):
             polyak_update(self.networks[name], self.networks[f"{name}_target"], self.args.tau)
 
@@ -1345,7 +1370,6 @@ class NativeTD3(TD3):
         tensors = (native_tensors(network.net.layers()) for network in (self.actor, self.qf1))
         actor_loss, gradients = torch.ops.rnm_td3.actor_gradients.default(obs, self.actor.action_range(), *tensors)
         native_adam(self.actor_optimizer, gradients)
-        self.update_targets()
         return actor_loss
 
 
@@ -1373,6 +1397,8 @@ def train(args: Args) -> tuple[TD3, ReplayBuffer, Path]:
         raise UsageError(f"no memory for --hidden-sizes or --buffer-size; lower them: {error!r}") from error
     log = RunLog(args, device)
     global_step, episodic_return, episodic_length = 0, 0.0, 0
+    profile, pool = Profile(), ThreadPoolExecutor(1)
+    lap = profile.lap if args.profile else lambda part: None
     try:
         print(f"{args.env_id} on {device}, {torch.get_num_threads()} threads, run folder {log.folder}", flush=True)
         if args.capture_video:
@@ -1381,50 +1407,75 @@ def train(args: Args) -> tuple[TD3, ReplayBuffer, Path]:
         layers, masks_folder = agent.nm_layers(), log.folder / "masks"
         mask_bits = save_masks(masks_folder, layers, 0, 0, np.uint8(0)) if args.save_masks else None
         obs, _ = env.reset(seed=args.seed)
+        lap("start")
         for global_step in range(1, args.total_timesteps + 1):
             if global_step <= args.learning_starts:
                 action = env.action_space.sample()
             else:
                 action = agent.actor.act(obs, args.exploration_noise)
                 check_finite({"observation": obs, "action": action}, global_step, agent)
-            next_obs, reward, terminated, truncated, _ = env.step(action)
+            lap("acting")
+            # the environment steps now in a thread, or after the update: the newest transition joins the next batch
+            step = pool.submit(env.step, action).result if args.overlap else functools.partial(env.step, action)
+            lap("environment")
+
+            last = global_step == args.total_timesteps
+            evaluating = args.eval_interval > 0 and (global_step % args.eval_interval == 0 or last)
+            update = global_step - max(args.learning_starts, 1)  # critic updates, with the one that comes now
+            if update >= 1:
+                batch = buffer.sample(args.batch_size, device)
+                lap("sampling")
+                values = agent.update_critics(batch)
+                lap("critics")
+                if update % args.policy_frequency == 0:
+                    actor_loss = agent.update_actor(batch[0])
+                    lap("actor")
+                    agent.update_targets()
+                    lap("targets")
+                if args.mask_update_interval and update % args.mask_update_interval == 0:
+                    sad = agent.project()
+                    if update // 10 > (update - args.mask_update_interval) // 10:  # at most once in 10 updates
+                        log.scalars(sad, global_step)
+                    if args.save_masks:
+                        mask_bits = save_masks(masks_folder, layers, global_step, update, mask_bits)
+                    lap("masks")
+
+            next_obs, reward, terminated, truncated, _ = step()
             buffer.add(obs, action, next_obs, float(reward), terminated)
             obs = next_obs
             episodic_return += float(reward)
             episodic_length += 1
+            lap("environment")
             if terminated or truncated:
                 log.episode(global_step, episodic_return, episodic_length)
+                lap("logging")
                 obs, _ = env.reset()
                 episodic_return, episodic_length = 0.0, 0
+                lap("environment")
 
-            last = global_step == args.total_timesteps
-            evaluating = args.eval_interval > 0 and (global_step % args.eval_interval == 0 or last)
-            update = global_step - args.learning_starts  # critic updates, with the one that comes now
-            if update >= 1:
-                batch = buffer.sample(args.batch_size, device)
-                values = agent.update_critics(batch)
-                if update % args.policy_frequency == 0:
-                    actor_loss = agent.update_actor(batch[0])
-                if args.mask_update_interval and update % args.mask_update_interval == 0:
-                    log.scalars(agent.project(), global_step)
-                    if args.save_masks:
-                        mask_bits = save_masks(masks_folder, layers, global_step, update, mask_bits)
-                if update % 100 == 0 or evaluating or last:
-                    losses = critic_scalars(*values)
-                    if update >= args.policy_frequency:
-                        losses["losses/actor_loss"] = actor_loss.item()
-                    check_finite(losses | {"action": agent.actor.act(obs)}, global_step, agent)
-                    log.scalars(losses, global_step)
+            if update >= 1 and (update % 100 == 0 or evaluating or last):
+                losses = critic_scalars(*values)
+                if update >= args.policy_frequency:
+                    losses["losses/actor_loss"] = actor_loss.item()
+                check_finite(losses | {"action": agent.actor.act(obs)}, global_step, agent)
+                log.scalars(losses, global_step)
+                lap("logging")
             if evaluating:
                 log.evaluation(global_step, evaluate(agent.actor.act, eval_env, args.eval_episodes, args.seed + 100))
+                lap("evaluation")
             if global_step % 100 == 0 or last:
                 log.progress(global_step)
+                lap("logging")
+        if args.profile:
+            log.bar.close()
+            print(profile)
     except KeyboardInterrupt:
         print(f"\ninterrupted at step {global_step}; everything so far is in {log.folder}", file=sys.stderr)
         raise
     finally:
         if args.save_model:  # first, since closing may take long or fail
             save_model(log.folder / "model.pt", agent, args)
+        pool.shutdown()  # before the environment that steps in it
         for resource in (log, env, eval_env):
             resource.close()
     return agent, buffer, log.folder

@@ -233,6 +233,30 @@ def test_mask_history_and_sad(target_mask):
     assert sum(event.value for name in networks for event in events.Scalars(f"sad/{name}")) == total
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_overlap_changes_no_bit_and_every_step_joins_the_next_batch(script, monkeypatch, capsys):
+    sizes, sample = [], script.ReplayBuffer.sample
+    monkeypatch.setattr(
+        script.ReplayBuffer, "sample", lambda self, *rest: sizes.append(self.size) or sample(self, *rest)
+    )
+    runs = [script.train(script.Args(**SMALL, overlap=overlap, profile=overlap)) for overlap in (False, True)]
+    assert sizes == [*range(20, 60)] * 2
+    for ours, theirs in zip(*(parameters(agent) for agent, _, _ in runs), strict=True):
+        assert torch.equal(ours, theirs)
+    assert torch.equal(*(buffer.rows for _, buffer, _ in runs))
+    table = capsys.readouterr().out.split("us a lap\n")[1]
+    parts = {line.split()[0]: line.split()[1:] for line in table.splitlines() if "%" in line}
+    assert {"environment", "acting", "sampling", "critics", "actor", "targets", "logging"} <= set(parts)
+    assert sum(float(share.rstrip("%")) for _, share, _ in parts.values()) == pytest.approx(100, abs=1)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_an_error_of_the_environment_in_its_thread_ends_the_run(script, monkeypatch):
+    monkeypatch.setattr(Scripted, "step", lambda self, action: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        script.train(script.Args(**SMALL, overlap=True))
+
+
 def test_masks_stay_with_interval_zero_and_files_can_be_left_out():
     agent, _, folder = rnm.train(rnm.Args(**SMALL, mask_update_interval=0, learning_rate=1e-2, save_masks=False))
     torch.manual_seed(1)  # the seed of the run: these are its initial masks

@@ -159,6 +159,7 @@ def test_update_equals_reference(float64, n, m, target_mask, dense_layers):
         agent.update_critics(tensors)
         if count % args.policy_frequency == 0:
             agent.update_actor(tensors[0])
+            agent.update_targets()
         if count % args.mask_update_interval == 0:
             total_sad += agent.project()["sad/total"]
         reference.update(count, batch, noise)
@@ -193,6 +194,7 @@ def test_inactive_entries_are_frozen_between_projections(target_mask):
         agent.update_critics(tensors)
         if count % args.policy_frequency == 0:
             agent.update_actor(tensors[0])
+            agent.update_targets()
         for name, layer in layers.items():
             mask, master = before[name]
             assert torch.equal(layer.mask(), mask)
