@@ -1,5 +1,6 @@
 """Runs of both scripts on small environments: transitions, determinism, run folder, masks, interruption."""
 
+import copy
 import csv
 import json
 import math
@@ -155,7 +156,8 @@ def test_same_seed_gives_a_bit_identical_run(script):
         assert (np.load(first_folder / name)["bits"] == np.load(second_folder / name)["bits"]).all()
 
 
-def test_n_equal_m_is_the_dense_twin():
+def test_n_equal_m_is_the_dense_twin(monkeypatch):
+    monkeypatch.setattr(td3, "one_dnn_is_faster", lambda device: False)  # the same products: then to the rounding
     settings = {"env_id": "HalfCheetah-v5", "total_timesteps": 200, "learning_starts": 100, "eval_interval": 0}
     sparse, sparse_buffer, _ = rnm.train(rnm.Args(**settings, n=4, m=4, mask_update_interval=30))
     dense, dense_buffer, _ = td3.train(td3.Args(**settings))
@@ -248,6 +250,27 @@ def test_overlap_changes_no_bit_and_every_step_joins_the_next_batch(script, monk
     parts = {line.split()[0]: line.split()[1:] for line in table.splitlines() if "%" in line}
     assert {"environment", "acting", "sampling", "critics", "actor", "targets", "logging"} <= set(parts)
     assert sum(float(share.rstrip("%")) for _, share, _ in parts.values()) == pytest.approx(100, abs=1)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
+@pytest.mark.parametrize("contiguous", [True, False])
+@pytest.mark.parametrize("sizes", [[5, 3], [17, 256, 33, 6], [23, 40, 40, 40, 1]])
+def test_one_dnn_network_matches_float64(sizes, contiguous):
+    """Output and gradients of x, weights and biases; alone those of x; and what acting takes."""
+    torch.manual_seed(0)
+    plain = td3.mlp(sizes)
+    fused, reference = td3.FusedSequential(*copy.deepcopy(plain)), plain.double()
+    x = torch.randn(64, 2 * sizes[0])[:, :: 1 if contiguous else 2][:, : sizes[0]].requires_grad_()
+    grad = torch.randn(64, sizes[-1]) if contiguous else torch.randn(64, 1).expand(-1, sizes[-1])
+    x64 = x.detach().double().requires_grad_()
+    y, y64 = fused(x), reference(x64)
+    torch.testing.assert_close(y.double(), y64, rtol=1e-5, atol=1e-5)
+    got = torch.autograd.grad(y, [x, *fused.parameters()], grad, retain_graph=True)
+    want = torch.autograd.grad(y64, [x64, *reference.parameters()], grad.double())
+    for ours, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-4)
+    assert torch.equal(torch.autograd.grad(fused.requires_grad_(False)(x), x, grad)[0], got[0])
+    torch.testing.assert_close(fused(x[:1]), y[:1], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
