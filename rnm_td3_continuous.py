@@ -226,7 +226,8 @@ class NMLinear(nn.Module):
         """
         state = optimizer.state.get(self.values, {}) if optimizer else {}
         state = {key: value for key, value in state.items() if torch.is_tensor(value) and value.dim()}  # not the step
-        masters = [self.state_masters.setdefault(key, torch.zeros_like(self.master)) for key in state]
+        self.state_masters |= {key: torch.zeros_like(self.master) for key in state if key not in self.state_masters}
+        masters = [self.state_masters[key] for key in state]
         if self.backend == "native":
             mine = self.values, self.index, self.master, self.layout, list(state.values()), masters
             return torch.ops.rnm_td3.project.default(*mine, self.n, self.m, index)
@@ -1294,6 +1295,8 @@ class TD3:
         self.qf2_target = copy.deepcopy(self.qf2).requires_grad_(False)
         names = ("actor", "qf1", "qf2", "actor_target", "qf1_target", "qf2_target")
         self.networks = {name: getattr(self, name) for name in names}
+        modules = nn.ModuleDict(self.networks).named_modules()  # by name, such as `qf1_target.net.2`, online ones first
+        self.nm_layers = {name: module for name, module in modules if isinstance(module, NMLinear)}
         critic_parameters = [*self.qf1.parameters(), *self.qf2.parameters()]
         self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), lr=args.learning_rate, fused=True)
         self.q_optimizer = torch.optim.Adam(critic_parameters, lr=args.learning_rate, fused=True)
@@ -1331,15 +1334,10 @@ class TD3:
         for name in ("actor", "qf1", "qf2"):
             polyak_update(self.networks[name], self.networks[f"{name}_target"], self.args.tau)
 
-    def nm_layers(self) -> dict[str, NMLinear]:
-        """All N:M layers by name, such as `qf1_target.net.2`, those of the online networks first."""
-        modules = nn.ModuleDict(self.networks).named_modules()
-        return {name: module for name, module in modules if isinstance(module, NMLinear)}
-
     def project(self) -> dict[str, float]:
         """Re-project all networks. Returns SAD per layer, network and in total: count, and rate per active entry."""
         optimizers = {"actor": self.actor_optimizer, "qf1": self.q_optimizer, "qf2": self.q_optimizer}
-        layers, sad, active = self.nm_layers(), Counter(), Counter()
+        layers, sad, active = self.nm_layers, Counter(), Counter()
         for name, layer in layers.items():
             network = name.split(".")[0]
             follows_online = network.endswith("_target") and self.args.target_mask == "online"
@@ -1405,7 +1403,7 @@ def train(args: Args) -> tuple[TD3, ReplayBuffer, Path]:
         if args.capture_video:
             env = gym.wrappers.RecordVideo(env, str(log.folder / "videos"))
         log.scalars({f"density/{name}": density(network) for name, network in agent.networks.items()}, 0)
-        layers, masks_folder = agent.nm_layers(), log.folder / "masks"
+        layers, masks_folder = agent.nm_layers, log.folder / "masks"
         mask_bits = save_masks(masks_folder, layers, 0, 0, np.uint8(0)) if args.save_masks else None
         obs, _ = env.reset(seed=args.seed)
         lap("start")

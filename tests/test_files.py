@@ -46,7 +46,7 @@ def test_methods_of_td3_differ_only_by_the_method():
         methods.append({node.name: ast.get_source_segment(source, node) for node in functions})
     sparse, dense = methods
     assert {name for name in dense if dense[name] != sparse[name]} == {"__init__"}
-    assert set(sparse) - set(dense) == {"nm_layers", "project"}
+    assert set(sparse) - set(dense) == {"project"}
 
 
 def test_the_sparse_script_adds_and_changes_little():

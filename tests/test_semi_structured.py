@@ -175,9 +175,9 @@ def test_an_update_and_a_projection_of_all_six_networks(n, m, dtype):
     args = Args(n=n, m=m, backend="semi_structured", semi_structured_dtype=half, hidden_sizes=(64, 64))
     torch.manual_seed(0)
     agent = TD3(11, np.full(3, -1.0, np.float32), np.ones(3, np.float32), args, CUDA)
-    assert {layer.backend for layer in agent.nm_layers().values()} == {"semi_structured"}
+    assert {layer.backend for layer in agent.nm_layers.values()} == {"semi_structured"}
     twin = copy.deepcopy(agent)
-    for layer in twin.nm_layers().values():
+    for layer in twin.nm_layers.values():
         layer.backend = "masked"
     batch = [torch.randn(256, width, device="cuda").squeeze(1) for width in (11, 3, 11, 1)]
     batch.append((torch.rand(256, device="cuda") < 0.3).float())

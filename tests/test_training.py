@@ -216,7 +216,7 @@ def test_mask_history_and_sad(target_mask):
             assert start == len(bits)
             history.append((int(file["step"]), int(file["update"]), masks))
     assert [step for step, _, _ in history] == [0, 30, 40, 50, 60]
-    for name, layer in agent.nm_layers().items():
+    for name, layer in agent.nm_layers.items():
         assert (history[-1][2][name] == layer.mask().numpy()).all()
     events = EventAccumulator(str(folder)).Reload()
     total = 0
@@ -283,8 +283,8 @@ def test_an_error_of_the_environment_in_its_thread_ends_the_run(script, monkeypa
 def test_masks_stay_with_interval_zero_and_files_can_be_left_out():
     agent, _, folder = rnm.train(rnm.Args(**SMALL, mask_update_interval=0, learning_rate=1e-2, save_masks=False))
     torch.manual_seed(1)  # the seed of the run: these are its initial masks
-    start = rnm.TD3(2, agent.actor.action_low, agent.actor.action_high, rnm.Args(), torch.device("cpu")).nm_layers()
-    for name, layer in agent.nm_layers().items():
+    start = rnm.TD3(2, agent.actor.action_low, agent.actor.action_high, rnm.Args(), torch.device("cpu")).nm_layers
+    for name, layer in agent.nm_layers.items():
         assert torch.equal(layer.mask(), start[name].mask())
     assert not torch.equal(agent.actor.net[0].values, start["actor.net.0"].values)
     assert not (folder / "masks").exists()

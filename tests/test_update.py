@@ -187,7 +187,7 @@ def test_inactive_entries_are_frozen_between_projections(target_mask):
     with is zero outside of it, and the dense W' follows tau W + (1 - tau) W' to the bit, on inactive entries too."""
     agent, args = make_agent(target_mask=target_mask)
     rng = np.random.default_rng(2)
-    layers = agent.nm_layers()
+    layers = agent.nm_layers
     for count in range(1, 13):
         before = {name: (layer.mask(), layer.sync().clone()) for name, layer in layers.items()}
         tensors = tuple(torch.from_numpy(part).float() for part in random_batch(rng))

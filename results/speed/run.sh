@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# Measures what the README's table of steps per second shows. Needs a checkout of CleanRL in $CLEANRL and, for each rival,
+# the Python of an environment that it runs in; nothing else should run on the machine. About half an hour on two cores.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+ours=${PYTHON:-python} results=$PWD/results/speed here=$PWD
+measure=$results/steps_per_second.py
+
+task() { echo "--env-id $1 --total-timesteps $2 --learning-starts 1000"; }
+cleanrl() { echo "CleanRL=env PYTHONPATH=$CLEANRL $CLEANRL_PYTHON $CLEANRL/cleanrl/td3_continuous_action.py $(task "$@")"; }
+cleanrl_jax() {
+  echo "CleanRL JAX=env PYTHONPATH=$CLEANRL JAX_PLATFORMS=cpu $CLEANRL_JAX_PYTHON" \
+    "$CLEANRL/cleanrl/td3_continuous_action_jax.py $(task "$@")"
+}
+sb3() { echo "Stable-Baselines3=$SBX_PYTHON $measure --drive sb3 $*"; }
+sbx() { echo "SBX=env JAX_PLATFORMS=cpu $SBX_PYTHON $measure --drive sbx $*"; }
+dense() { # NAME ENV STEPS FLAGS
+  local name=$1 env=$2 steps=$3
+  shift 3
+  echo "$name=$ours $here/td3_continuous.py $(task "$env" "$steps") --eval-interval 0 $*"
+}
+sparse() { # NAME N M ENV STEPS FLAGS
+  local name=$1 n=$2 m=$3 env=$4 steps=$5
+  shift 5
+  echo "$name=$ours $here/rnm_td3_continuous.py $(task "$env" "$steps") --eval-interval 0 --n $n --m $m $*"
+}
+
+cheetah="HalfCheetah-v4 6000" ant="Ant-v4 5000"
+[[ ${1:-all} =~ all|rivals ]] && for threads in 2 1; do
+  $ours "$measure" --rounds 3 --threads $threads --out "$results/halfcheetah_${threads}_threads" \
+    "$(cleanrl $cheetah)" "$(cleanrl_jax $cheetah)" "$(sb3 $cheetah)" "$(sbx $cheetah)" "$(dense dense $cheetah)" \
+    "$(sparse 2:4 2 4 $cheetah)" "$(sparse 1:4 1 4 $cheetah)" "$(sparse 1:8 1 8 $cheetah)"
+done
+[[ ${1:-all} =~ all|ant ]] && $ours "$measure" --rounds 3 --threads 2 --out "$results/ant" "$(cleanrl $ant)" \
+  "$(dense dense $ant)" "$(sparse 2:4 2 4 $ant)" "$(sparse 1:4 1 4 $ant)" "$(sparse 1:8 1 8 $ant)"
+[[ ${1:-all} =~ all|intervals ]] && $ours "$measure" --rounds 3 --threads 2 --out "$results/mask_update_interval" \
+  "$(sparse 'K 1000' 1 4 $cheetah --no-save-masks)" "$(sparse 'K 0' 1 4 $cheetah --mask-update-interval 0)" \
+  "$(sparse 'K 1' 1 4 $cheetah --mask-update-interval 1 --no-save-masks)" \
+  "$(sparse 'K 1, masks saved' 1 4 $cheetah --mask-update-interval 1)"
+[[ ${1:-all} =~ all|overlap ]] && for task in "HalfCheetah-v4 6000" "Ant-v4 5000"; do for threads in 2 1; do
+  $ours "$measure" --rounds 3 --threads $threads --out "$results/overlap_${task%%-*}_${threads}_threads" \
+    "$(sparse off 1 4 $task)" "$(sparse on 1 4 $task --overlap)"
+done; done
+[[ ${1:-all} =~ all|sizes ]] && for size in 256 512 1024 2048; do
+  steps=$((1200 + 300000 / size / 100 * 100))
+  $ours "$measure" --rounds 3 --threads 2 --first 1009 --out "$results/hidden_$size" \
+    "$(dense dense HalfCheetah-v4 $steps --hidden-sizes $size $size)" \
+    "$(sparse 1:8 1 8 HalfCheetah-v4 $steps --hidden-sizes $size $size)"
+done
+exit 0

@@ -1,0 +1,97 @@
+"""Steps per second of training scripts, measured in turn: A B C A B C ..., each from its own TensorBoard file.
+
+    python results/speed/steps_per_second.py --rounds 3 --threads 2 --out results/speed/halfcheetah \\
+        "CleanRL=python cleanrl/td3_continuous_action.py --env-id HalfCheetah-v4 --total-timesteps 6000 ..." "1:4=..."
+
+Every command runs in a folder of its own and has to write the scalar `charts/SPS` every 100 steps, as CleanRL does; its
+times count from step --first on, so that imports, compilation and the random actions before learning do not. For
+Stable-Baselines3 and SBX, which do not write it: "SB3=python results/speed/steps_per_second.py --drive sb3 ENV STEPS".
+"""
+
+import argparse
+import csv
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+
+def measure(command: str, threads: int, first: int) -> float:
+    """Steps per second of one run, from its first logged step after `first` to the last."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+        environment["XLA_FLAGS"] = f"--xla_cpu_multi_thread_eigen={str(threads > 1).lower()}"
+        run = subprocess.run(shlex.split(command), cwd=folder, env=environment, capture_output=True, text=True)
+        if run.returncode:
+            sys.exit(f"{command}\n{run.stderr[-2000:]}")
+        (events,) = Path(folder).glob("runs/*/events*")
+        times = [event for event in EventAccumulator(str(events)).Reload().Scalars("charts/SPS") if event.step > first]
+        return (times[-1].step - times[0].step) / (times[-1].wall_time - times[0].wall_time)
+
+
+def drive(library: str, env_id: str, steps: int) -> None:
+    """TD3 of Stable-Baselines3 or SBX with our settings."""
+    import gymnasium as gym
+    from stable_baselines3.common.callbacks import BaseCallback
+    from torch.utils.tensorboard import SummaryWriter
+
+    if library == "sb3":
+        from stable_baselines3 import TD3
+    else:
+        from sbx import TD3
+
+    class Log(BaseCallback):
+        def _on_training_start(self) -> None:
+            self.writer, self.start = SummaryWriter("runs/run"), time.time()
+
+        def _on_step(self) -> bool:
+            if self.num_timesteps % 100 == 0:
+                speed = self.num_timesteps / (time.time() - self.start)
+                self.writer.add_scalar("charts/SPS", speed, self.num_timesteps)
+            return True
+
+        def _on_training_end(self) -> None:
+            self.writer.close()
+
+    settings = {"learning_rate": 3e-4, "learning_starts": 1000, "batch_size": 256, "train_freq": 1, "gradient_steps": 1}
+    layers = {"net_arch": [256, 256]}
+    model = TD3("MlpPolicy", gym.make(env_id), **settings, policy_kwargs=layers, device="cpu")
+    model.learn(steps, callback=Log())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("commands", nargs="*", help="NAME=COMMAND; ratios are to the first")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--first", type=int, default=2000, help="steps that are not counted")
+    parser.add_argument("--out", help="writes OUT.csv, with every run")
+    parser.add_argument("--drive", nargs=3, metavar=("LIBRARY", "ENV", "STEPS"), help="run sb3 or sbx instead")
+    args = parser.parse_args()
+    if args.drive:
+        return drive(args.drive[0], args.drive[1], int(args.drive[2]))
+    commands = dict(command.split("=", 1) for command in args.commands)
+    speeds = {name: [] for name in commands}
+    for _ in range(args.rounds):
+        for name, command in commands.items():
+            speeds[name].append(measure(command, args.threads, args.first))
+            print(f"{name:>24}: {speeds[name][-1]:7.1f} steps/s", flush=True)
+    base = statistics.median(next(iter(speeds.values())))
+    rows = [["name", "threads", "median", "ratio", *(f"run_{i + 1}" for i in range(args.rounds))]]
+    for name, runs in speeds.items():
+        median = statistics.median(runs)
+        rows.append([name, args.threads, round(median, 1), round(median / base, 2), *(round(run, 1) for run in runs)])
+        print(f"{name:>24}: {median:7.1f} steps/s, {median / base:5.2f} x")
+    if args.out:
+        with open(f"{args.out}.csv", "w", newline="") as file:
+            csv.writer(file).writerows(rows)
+
+
+if __name__ == "__main__":
+    main()
