@@ -25,19 +25,21 @@ sparse() { # NAME N M ENV STEPS FLAGS
   echo "$name=$ours $here/rnm_td3_continuous.py $(task "$env" "$steps") --eval-interval 0 --n $n --m $m $*"
 }
 
-cheetah="HalfCheetah-v4 6000" ant="Ant-v4 5000"
-[[ ${1:-all} =~ all|rivals ]] && for threads in 2 1; do
-  $ours "$measure" --rounds 3 --threads $threads --out "$results/halfcheetah_${threads}_threads" \
+cheetah="HalfCheetah-v4 4500" ant="Ant-v4 4000"
+if [[ ${1:-all} =~ all|rivals ]]; then
+  $ours "$measure" --rounds 3 --threads 2 --out "$results/halfcheetah_2_threads" \
     "$(cleanrl $cheetah)" "$(cleanrl_jax $cheetah)" "$(sb3 $cheetah)" "$(sbx $cheetah)" "$(dense dense $cheetah)" \
     "$(sparse 2:4 2 4 $cheetah)" "$(sparse 1:4 1 4 $cheetah)" "$(sparse 1:8 1 8 $cheetah)"
-done
+  $ours "$measure" --rounds 3 --threads 1 --out "$results/halfcheetah_1_thread" "$(cleanrl $cheetah)" \
+    "$(dense dense $cheetah)" "$(sparse 2:4 2 4 $cheetah)" "$(sparse 1:4 1 4 $cheetah)" "$(sparse 1:8 1 8 $cheetah)"
+fi
 [[ ${1:-all} =~ all|ant ]] && $ours "$measure" --rounds 3 --threads 2 --out "$results/ant" "$(cleanrl $ant)" \
   "$(dense dense $ant)" "$(sparse 2:4 2 4 $ant)" "$(sparse 1:4 1 4 $ant)" "$(sparse 1:8 1 8 $ant)"
 [[ ${1:-all} =~ all|intervals ]] && $ours "$measure" --rounds 3 --threads 2 --out "$results/mask_update_interval" \
   "$(sparse 'K 1000' 1 4 $cheetah --no-save-masks)" "$(sparse 'K 0' 1 4 $cheetah --mask-update-interval 0)" \
   "$(sparse 'K 1' 1 4 $cheetah --mask-update-interval 1 --no-save-masks)" \
   "$(sparse 'K 1, masks saved' 1 4 $cheetah --mask-update-interval 1)"
-[[ ${1:-all} =~ all|overlap ]] && for task in "HalfCheetah-v4 6000" "Ant-v4 5000"; do for threads in 2 1; do
+[[ ${1:-all} =~ all|overlap ]] && for task in "HalfCheetah-v4 4500" "Ant-v4 4000"; do for threads in 2 1; do
   $ours "$measure" --rounds 3 --threads $threads --out "$results/overlap_${task%%-*}_${threads}_threads" \
     "$(sparse off 1 4 $task)" "$(sparse on 1 4 $task --overlap)"
 done; done
