@@ -224,21 +224,24 @@ class NMLinear(nn.Module):
         an entry that leaves is frozen there, one that returns is picked up as it was.
         Returns: SAD, the number of entries of E that changed (Zhou et al. 2021, arXiv 2102.04010).
         """
-        state = optimizer.state.get(self.values, {}) if optimizer else {}
-        state = {key: value for key, value in state.items() if torch.is_tensor(value) and value.dim()}  # not the step
-        self.state_masters |= {key: torch.zeros_like(self.master) for key in state if key not in self.state_masters}
-        masters = [self.state_masters[key] for key in state]
         if self.backend == "native":
-            mine = self.values, self.index, self.master, self.layout, list(state.values()), masters
-            return torch.ops.rnm_td3.project.default(*mine, self.n, self.m, index)
+            return native_project([self], [optimizer], [] if index is None else [index])[0]
+        states, state_masters = self.optimizer_state(optimizer)
         old_mask, master = self.mask(), self.sync()
         index = self._projected_index() if index is None else index
-        for active, state_master in zip(state.values(), masters, strict=True):
+        for active, state_master in zip(states, state_masters, strict=True):
             active.copy_(state_master.scatter_(1, self.index, active).gather(1, index))
         self.values.copy_(master.gather(1, index))
         self.index.copy_(index)
         self.refresh()
         return int((self.mask() != old_mask).sum())
+
+    def optimizer_state(self, optimizer: torch.optim.Optimizer | None) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """What the optimizer holds for each active weight, [R, A] each, and its dense masters, [R, C]."""
+        state = optimizer.state.get(self.values, {}) if optimizer else {}
+        state = {key: value for key, value in state.items() if torch.is_tensor(value) and value.dim()}  # not the step
+        self.state_masters |= {key: torch.zeros_like(self.master) for key in state if key not in self.state_masters}
+        return list(state.values()), [self.state_masters[key] for key in state]
 
     def _projected_index(self) -> torch.Tensor:
         return nm_mask(self.master, self.n, self.m).nonzero()[:, 1].reshape(self.out_features, -1).contiguous()
@@ -619,72 +622,93 @@ void polyak(TensorList online, TensorList masters, TensorList target, TensorList
   }
 }
 
-// The columns of a row that P_NM keeps, ascending: of each m, the n of largest magnitude, of equal ones the lowest.
+// How many of its group of m, a divisor of V, are larger than each of V weights, or as large and in a lower column.
 // Magnitudes are compared as integers, which the bits of positive floats are in the same order as; NaN is the largest.
-static void select(const float* w, int64_t C, int64_t n, int64_t m, int64_t* ids) {
-  int64_t c = 0, k = 0;
-  if (V % m == 0) for (; c + V <= C; c += V) {  // by counting, for each of V weights, the larger ones in its group
-    const ivec magnitude = *(const ivec*)(w + c) & 0x7fffffff;
-    ivec larger = {}, lane;
-    for (int i = 0; i < V; i++) lane[i] = i;
-    for (int shift = 1; shift < m; shift++) {
-      const ivec wrapped = (lane & ((int)m - 1)) + shift >= (int)m;  // V is a power of two, and so is m
-      const ivec other = __builtin_shuffle(magnitude, lane + shift + (wrapped & -(int)m));
-      larger -= (other > magnitude) | ((other == magnitude) & wrapped);
-    }
-    for (int i = 0; i < V; i++) ids[k] = c + i, k += larger[i] < n;
+INLINE ivec larger_ones(const float* w, int m) {
+  const ivec magnitude = *(const ivec*)w & 0x7fffffff;
+  ivec larger = {}, lane;
+  UNROLL for (int i = 0; i < V; i++) lane[i] = i;
+  for (int shift = 1; shift < m; shift++) {
+    const ivec wrapped = (lane & (m - 1)) + shift >= m;
+    const ivec other = __builtin_shuffle(magnitude, lane + shift + (wrapped & -m));
+    larger -= (other > magnitude) | ((other == magnitude) & wrapped);
   }
+  return larger;
+}
+// The columns from `c` to `end` of a row that P_NM keeps, ascending.
+static void select(const float* w, int64_t c, int64_t end, int64_t n, int64_t m, int64_t* ids) {
   std::vector<uint64_t> group;
-  for (; c < C; c += m) {
-    for (int64_t i = c; i < min(c + m, C); i++) {
+  for (; c < end; c += m) {
+    for (int64_t i = c; i < min(c + m, end); i++) {
       uint32_t bits;
       memcpy(&bits, w + i, 4);
       group.push_back((uint64_t)(0x7fffffff - (bits & 0x7fffffff)) << 32 | i);
     }
     const int64_t kept = min<int64_t>(n, group.size());
     std::nth_element(group.begin(), group.begin() + kept - 1, group.end());
-    for (int64_t i = 0; i < kept; i++) ids[k + i] = group[i] & 0xffffffff;
-    std::sort(ids + k, ids + k + kept);
-    k += kept, group.clear();
+    for (int64_t i = 0; i < kept; i++) ids[i] = group[i] & 0xffffffff;
+    std::sort(ids, ids + kept);
+    ids += kept, group.clear();
   }
 }
+// The same for a whole row. Where the mask stays as it is `now`, V columns at once cost but a look.
+static void select_row(const float* w, int64_t C, int64_t n, int64_t m, const int64_t* now, int64_t* ids) {
+  int64_t c = 0;
+  for (const int64_t kept = V / m * n; V % m == 0 && c + V <= C; c += V, now += kept, ids += kept) {
+    const ivec larger = larger_ones(w + c, m);
+    bool same = true;
+    for (int64_t j = 0; j < kept; j++) same = same && (size_t)(now[j] - c) < V && larger[now[j] - c] < n;
+    if (same) std::copy_n(now, kept, ids); else select(w, c, c + V, n, m, ids);
+  }
+  select(w, c, C, n, m, ids);
+}
 
-// NMLinear.project. Rows whose mask stays cost no more than the look.
-int64_t project(Tensor& values, Tensor& index, Tensor& master, Tensor& layout, TensorList states,
-                TensorList state_masters, int64_t n, int64_t m, const std::optional<Tensor>& given) {
-  const int64_t R = values.size(0), A = values.size(1), C = master.size(1);
-  const Layer l(R, A, C, layout.data_ptr<int>());
-  TORCH_CHECK(l.size == layout.numel() && index.sizes() == values.sizes() && master.size(0) == R, "does not fit");
-  TORCH_CHECK(1 <= n && n <= m && A == C / m * n + min(n, C % m), "values do not have the size of this N:M");
-  TORCH_CHECK(!given || given->sizes() == index.sizes(), "the given index does not fit");
-  for (TensorList tensors : {TensorList({values, index, master}), states, state_masters})
-    for (const Tensor& t : tensors) {
-      TORCH_CHECK(t.is_contiguous(), "tensors have to be contiguous");
-      t.unsafeGetTensorImpl()->bump_version();
-    }
-  float *v = values.data_ptr<float>(), *w = master.data_ptr<float>();
-  int64_t* id = index.data_ptr<int64_t>();
-  std::atomic<int64_t> changed = 0;
-  at::parallel_for(0, R, 16384 / C + 1, [&](int64_t r, int64_t last) {
-    std::vector<int64_t> next(A + V);
-    for (; r < last; r++) {
-      int64_t *now = id + r * A, stayed = 0;
-      for (int64_t j = 0; j < A; j++) w[r * C + now[j]] = v[r * A + j];
-      if (!given) select(w + r * C, C, n, m, next.data());
-      else std::copy_n(given->data_ptr<int64_t>() + r * A, A, next.data());
-      if (std::equal(now, now + A, next.data())) continue;
-      for (int64_t i = 0, j = 0; i < A && j < A;)
-        if (now[i] == next[j]) stayed++, i++, j++; else if (now[i] < next[j]) i++; else j++;
-      changed += 2 * (A - stayed);
-      for (size_t s = 0; s < states.size(); s++) {
-        float *state = states[s].data_ptr<float>() + r * A, *all = state_masters[s].data_ptr<float>() + r * C;
-        for (int64_t j = 0; j < A; j++) all[now[j]] = state[j];
-        for (int64_t j = 0; j < A; j++) state[j] = all[next[j]];
+// NMLinear.project of several layers, with as many optimizer states each. Rows whose mask stays cost but the look.
+std::vector<int64_t> project(TensorList values, TensorList index, TensorList masters, TensorList layouts,
+                             TensorList states, TensorList state_masters, int64_t n, int64_t m, TensorList given) {
+  const size_t L = values.size(), S = L ? states.size() / L : 0;
+  TORCH_CHECK(index.size() == L && masters.size() == L && layouts.size() == L && states.size() == S * L &&
+              state_masters.size() == S * L && (given.empty() || given.size() == L), "lists of different lengths");
+  for (TensorList tensors : {values, index, masters, layouts, states, state_masters}) for (const Tensor& t : tensors) {
+    TORCH_CHECK(t.is_contiguous(), "tensors have to be contiguous");
+    t.unsafeGetTensorImpl()->bump_version();
+  }
+  std::vector<Layer> layers;
+  std::vector<int64_t> changed(L);
+  for (size_t i = 0; i < L; i++) {
+    const int64_t R = values[i].size(0), A = values[i].size(1), C = masters[i].size(1);
+    const Layer& l = layers.emplace_back(R, A, C, layouts[i].data_ptr<int>());
+    TORCH_CHECK(l.size == layouts[i].numel() && index[i].sizes() == values[i].sizes() && masters[i].size(0) == R &&
+                (given.empty() || given[i].sizes() == index[i].sizes()), "the tensors of a layer differ in shape");
+    TORCH_CHECK(1 <= n && n <= m && A == C / m * n + min(n, C % m), "values do not have the size of this N:M");
+    for (size_t s = i * S; s < (i + 1) * S; s++)
+      TORCH_CHECK(states[s].sizes() == values[i].sizes() && state_masters[s].sizes() == masters[i].sizes(), "state");
+    float *v = values[i].data_ptr<float>(), *w = masters[i].data_ptr<float>();
+    int64_t *id = index[i].data_ptr<int64_t>(), *other = given.empty() ? nullptr : given[i].data_ptr<int64_t>();
+    std::atomic<int64_t> sad = 0;
+    at::parallel_for(0, R, 16384 / C + 1, [&](int64_t r, int64_t last) {
+      std::vector<int64_t> next(A + V);
+      for (; r < last; r++) {
+        int64_t *now = id + r * A, stayed = 0;
+        for (int64_t j = 0; j < A; j++) w[r * C + now[j]] = v[r * A + j];
+        if (other) std::copy_n(other + r * A, A, next.data()); else select_row(w + r * C, C, n, m, now, next.data());
+        if (std::equal(now, now + A, next.data())) continue;
+        for (int64_t k = 0, j = 0; k < A && j < A;)
+          if (now[k] == next[j]) stayed++, k++, j++; else if (now[k] < next[j]) k++; else j++;
+        sad += 2 * (A - stayed);
+        for (size_t s = i * S; s < (i + 1) * S; s++) {
+          float *state = states[s].data_ptr<float>() + r * A, *all = state_masters[s].data_ptr<float>() + r * C;
+          for (int64_t j = 0; j < A; j++) all[now[j]] = state[j];
+          for (int64_t j = 0; j < A; j++) state[j] = all[next[j]];
+        }
+        for (int64_t j = 0; j < A; j++) now[j] = next[j], v[r * A + j] = w[r * C + next[j]];
       }
-      for (int64_t j = 0; j < A; j++) now[j] = next[j], v[r * A + j] = w[r * C + next[j]];
-    }
+    });
+    changed[i] = sad;
+  }
+  at::parallel_for(0, L, 1, [&](int64_t i, int64_t last) {
+    for (; i < last; i++) if (changed[i]) write_layout(layers[i], index[i].data_ptr<int64_t>());
   });
-  if (changed) write_layout(l, id);
   return changed;
 }
 
@@ -763,8 +787,8 @@ TORCH_LIBRARY(rnm_td3, m) {
         "(Tensor dx, Tensor[] dlayers)");
   m.def("polyak(Tensor[] online, Tensor(a!)[] masters, Tensor(b!)[] target, Tensor(c!)[] target_masters, float tau) "
         "-> ()");
-  m.def("project(Tensor(a!) values, Tensor(b!) index, Tensor(c!) master, Tensor(d!) layout, Tensor(e!)[] states, "
-        "Tensor(f!)[] state_masters, int n, int m, Tensor? given) -> int");
+  m.def("project(Tensor(a!)[] values, Tensor(b!)[] index, Tensor(c!)[] masters, Tensor(d!)[] layouts, "
+        "Tensor(e!)[] states, Tensor(f!)[] state_masters, int n, int m, Tensor[] given) -> int[]");
   m.def("adam(Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[] averages, Tensor(c!)[] squares, "
         "Tensor(d!)[] steps, float lr, float beta1, float beta2, float eps) -> ()");
   m.def("act(Tensor obs, Tensor[] actor, Tensor[] action_range, float noise) -> Tensor");
@@ -883,6 +907,17 @@ def native_polyak(online: list["NMLinear"], target: list["NMLinear"], tau: float
     """`NMLinear.polyak_` of several layers in one call of the kernels."""
     lists = (f(layers) for layers in (online, target) for f in (native_tensors, lambda x: [y.master for y in x]))
     torch.ops.rnm_td3.polyak.default(*lists, tau)
+
+
+def native_project(
+    layers: list["NMLinear"], optimizers: list[torch.optim.Optimizer | None], index: list[torch.Tensor]
+) -> list[int]:
+    """`NMLinear.project` of several layers in one call of the kernels; one `index` each, or none. Returns their SAD."""
+    pairs = [layer.optimizer_state(optimizer) for layer, optimizer in zip(layers, optimizers, strict=True)]
+    states, state_masters = ([tensor for pair in pairs for tensor in pair[i]] for i in (0, 1))
+    tensors = ([getattr(layer, name) for layer in layers] for name in ("values", "index", "master", "layout"))
+    n, m = layers[0].n, layers[0].m
+    return torch.ops.rnm_td3.project.default(*tensors, states, state_masters, n, m, index)
 
 
 def native_adam(optimizer: torch.optim.Adam, gradients: list[torch.Tensor]) -> None:
@@ -1336,17 +1371,23 @@ class TD3:
 
     def project(self) -> dict[str, float]:
         """Re-project all networks. Returns SAD per layer, network and in total: count, and rate per active entry."""
-        optimizers = {"actor": self.actor_optimizer, "qf1": self.q_optimizer, "qf2": self.q_optimizer}
-        layers, sad, active = self.nm_layers, Counter(), Counter()
-        for name, layer in layers.items():
-            network = name.split(".")[0]
-            follows_online = network.endswith("_target") and self.args.target_mask == "online"
-            index = layers[name.replace("_target", "")].index if follows_online else None
-            changed = layer.project(optimizers.get(network), index)
-            for key in (name, network, "total"):
+        sad, active = Counter(), Counter()
+        for (name, layer), changed in zip(self.nm_layers.items(), self.project_layers(), strict=True):
+            for key in (name, name.split(".")[0], "total"):
                 sad[key] += changed
                 active[key] += layer.values.numel()
         return {f"sad/{key}": sad[key] for key in sad} | {f"sad_rate/{key}": sad[key] / active[key] for key in sad}
+
+    def project_layers(self) -> list[int]:
+        """New masks for all of `nm_layers`. Returns their SAD."""
+        optimizers = {"actor": self.actor_optimizer, "qf1": self.q_optimizer, "qf2": self.q_optimizer}
+        changed = []
+        for name, layer in self.nm_layers.items():
+            network = name.split(".")[0]
+            follows_online = network.endswith("_target") and self.args.target_mask == "online"
+            index = self.nm_layers[name.replace("_target", "")].index if follows_online else None
+            changed.append(layer.project(optimizers.get(network), index))
+        return changed
 
 
 class NativeTD3(TD3):
@@ -1370,6 +1411,16 @@ class NativeTD3(TD3):
         actor_loss, gradients = torch.ops.rnm_td3.actor_gradients.default(obs, self.actor.action_range(), *tensors)
         native_adam(self.actor_optimizer, gradients)
         return actor_loss
+
+    def project_layers(self) -> list[int]:
+        layers = list(self.nm_layers.values())
+        actor, critics, targets = (
+            layers[len(layers) * i // 6 : len(layers) * j // 6] for i, j in ((0, 1), (1, 3), (3, 6))
+        )
+        changed = native_project(actor, [self.actor_optimizer] * len(actor), [])
+        changed += native_project(critics, [self.q_optimizer] * len(critics), [])
+        index = [layer.index for layer in actor + critics] if self.args.target_mask == "online" else []
+        return changed + native_project(targets, [None] * len(targets), index)
 
 
 # ---------------------------------------------------------------- training
