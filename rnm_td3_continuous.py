@@ -1484,7 +1484,7 @@ def train(args: Args) -> tuple[TD3, ReplayBuffer, Path]:
                     lap("targets")
                 if args.mask_update_interval and update % args.mask_update_interval == 0:
                     sad = agent.project()
-                    if update // 10 > (update - args.mask_update_interval) // 10:  # at most once in 10 updates
+                    if update // 100 > (update - args.mask_update_interval) // 100:  # at most once in 100 updates
                         log.scalars(sad, global_step)
                     if args.save_masks:
                         mask_bits = save_masks(masks_folder, layers, global_step, update, mask_bits)

@@ -200,10 +200,10 @@ def test_run_folder(script):
 @pytest.mark.parametrize("target_mask", ["own", "online"])
 def test_mask_history_and_sad(target_mask):
     """The files decode to the layers' masks, and the logged SAD is a brute-force count on them."""
-    settings = {**SMALL, "total_timesteps": 62, "mask_update_interval": 10, "learning_rate": 1e-2, "tau": 0.3}
+    settings = {**SMALL, "total_timesteps": 422, "mask_update_interval": 100, "learning_rate": 1e-2, "tau": 0.3}
     agent, _, folder = rnm.train(rnm.Args(**settings, target_mask=target_mask))
     files = sorted((folder / "masks").iterdir())
-    assert [path.name for path in files] == [f"{update:09d}.npz" for update in (0, 10, 20, 30, 40)]
+    assert [path.name for path in files] == [f"{update:09d}.npz" for update in (0, 100, 200, 300, 400)]
     bits, history = 0, []
     for path in files:
         with np.load(path) as file:
@@ -215,7 +215,7 @@ def test_mask_history_and_sad(target_mask):
                 start = stop
             assert start == len(bits)
             history.append((int(file["step"]), int(file["update"]), masks))
-    assert [step for step, _, _ in history] == [0, 30, 40, 50, 60]
+    assert [step for step, _, _ in history] == [0, 120, 220, 320, 420]
     for name, layer in agent.nm_layers.items():
         assert (history[-1][2][name] == layer.mask().numpy()).all()
     events = EventAccumulator(str(folder)).Reload()
@@ -278,6 +278,13 @@ def test_an_error_of_the_environment_in_its_thread_ends_the_run(script, monkeypa
     monkeypatch.setattr(Scripted, "step", lambda self, action: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         script.train(script.Args(**SMALL, overlap=True))
+
+
+def test_sad_is_logged_at_most_once_in_100_updates():
+    settings = {**SMALL, "total_timesteps": 270, "mask_update_interval": 30}
+    _, _, folder = rnm.train(rnm.Args(**settings))
+    assert [event.step for event in EventAccumulator(str(folder)).Reload().Scalars("sad/total")] == [20 + 120, 20 + 210]
+    assert len(list((folder / "masks").iterdir())) == 1 + 250 // 30
 
 
 def test_masks_stay_with_interval_zero_and_files_can_be_left_out():
