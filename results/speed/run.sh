@@ -49,4 +49,11 @@ done; done
     "$(dense dense HalfCheetah-v4 $steps --hidden-sizes $size $size)" \
     "$(sparse 1:8 1 8 HalfCheetah-v4 $steps --hidden-sizes $size $size)"
 done
+[[ ${1:-all} =~ all|at_once ]] && for round in 1 2 3; do  # two runs of one thread each, then one of two threads
+  for run in 1 2; do
+    $ours "$measure" --rounds 1 --threads 1 "$(sparse "1:4, run $run of 2 at once" 1 4 HalfCheetah-v4 6000)" &
+  done
+  wait
+  $ours "$measure" --rounds 1 --threads 2 "$(sparse "1:4, two threads" 1 4 HalfCheetah-v4 6000)"
+done | grep x | tee "$results/at_once.txt"
 exit 0
