@@ -857,9 +857,9 @@ def load_kernels() -> str | None:
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
     library = root / f"rnm_td3_{key}.so"
     try:
-        if library.exists():
+        try:
             torch.ops.load_library(library)
-        else:
+        except OSError:  # not there yet, or damaged
             print(f"compiling the CPU kernels, once ({capability}, {library})", file=sys.stderr, flush=True)
             root.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=root) as folder:  # moved when it is whole: other runs may look for it

@@ -156,15 +156,19 @@ def test_same_seed_gives_a_bit_identical_run(script):
         assert (np.load(first_folder / name)["bits"] == np.load(second_folder / name)["bits"]).all()
 
 
-def test_n_equal_m_is_the_dense_twin(monkeypatch):
-    monkeypatch.setattr(td3, "one_dnn_is_faster", lambda device: False)  # the same products: then to the rounding
-    settings = {"env_id": "HalfCheetah-v5", "total_timesteps": 200, "learning_starts": 100, "eval_interval": 0}
-    sparse, sparse_buffer, _ = rnm.train(rnm.Args(**settings, n=4, m=4, mask_update_interval=30))
+@pytest.mark.parametrize("backend, steps, atol", [("masked", 200, 1e-6), ("native", 110, 1e-4)])
+def test_n_equal_m_is_the_dense_twin(backend, steps, atol, monkeypatch):
+    """`masked` runs the same products, to the rounding; others round differently, which this environment magnifies."""
+    if backend == "native" and (problem := rnm.load_kernels()):
+        pytest.skip(problem)
+    monkeypatch.setattr(td3, "one_dnn_is_faster", lambda device: False)
+    settings = {"env_id": "HalfCheetah-v5", "total_timesteps": steps, "learning_starts": 100, "eval_interval": 0}
+    sparse, sparse_buffer, _ = rnm.train(rnm.Args(**settings, n=4, m=4, mask_update_interval=3, backend=backend))
     dense, dense_buffer, _ = td3.train(td3.Args(**settings))
-    assert torch.allclose(sparse_buffer.rows[:200], dense_buffer.rows[:200], rtol=0, atol=1e-6)
+    assert torch.allclose(sparse_buffer.rows[:steps], dense_buffer.rows[:steps], rtol=0, atol=atol)
     start = td3.TD3(17, np.full(6, -1, np.float32), np.full(6, 1, np.float32), td3.Args(), torch.device("cpu"))
     for ours, theirs, other in zip(parameters(sparse), parameters(dense), parameters(start), strict=True):
-        assert torch.allclose(ours, theirs, rtol=0, atol=1e-6)
+        assert torch.allclose(ours, theirs, rtol=0, atol=atol / 4)
         assert not torch.allclose(theirs, other, rtol=0, atol=1e-4)
 
 
