@@ -773,7 +773,8 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> critic_gradients(
 std::tuple<Tensor, std::vector<Tensor>> actor_gradients(const Tensor& obs, TensorList action_range, TensorList actor,
                                                         TensorList qf1) {
   const auto [output, actor_tape] = mlp(obs, actor, true);
-  const Tensor x = at::cat({obs, squash(output, action_range)}, 1), squashed = output.tanh(), scale = action_range[2];
+  const Tensor squashed = output.tanh(), scale = action_range[2];
+  const Tensor x = at::cat({obs, squashed * scale + action_range[3]}, 1);
   const auto [q, tape] = mlp(x, qf1, true);
   const Tensor dq = at::full_like(q, -1. / q.size(0)), dx = std::get<0>(mlp_backward(dq, x, tape, qf1, true, false));
   const Tensor dy = dx.narrow(1, obs.size(1), scale.size(0)) * scale * (1 - squashed * squashed);

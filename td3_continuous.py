@@ -88,13 +88,7 @@ def check_args(args: Args) -> None:
         raise UsageError(f"--exp-name is {args.exp_name!r}; give a plain name without slashes")
 
 
-# ---------------------------------------------------------------- networks
-
-
-def mlp(sizes: list[int]) -> nn.Sequential:
-    """Linear layers of the given sizes with ReLU between them."""
-    layers = [layer for i in range(1, len(sizes)) for layer in (nn.Linear(sizes[i - 1], sizes[i]), nn.ReLU())]
-    return nn.Sequential(*layers[:-1])
+# ---------------------------------------------------------------- oneDNN
 
 
 class FusedMLP(torch.autograd.Function):
@@ -141,6 +135,15 @@ def one_dnn_is_faster(device: torch.device) -> bool:
     """With AVX-512, measured on AMD, where `nn.Linear` runs at half the speed; with AVX2 it is not."""
     cpu = device.type == "cpu" and torch.get_default_dtype() == torch.float32
     return cpu and torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+# ---------------------------------------------------------------- networks
+
+
+def mlp(sizes: list[int]) -> nn.Sequential:
+    """Linear layers of the given sizes with ReLU between them."""
+    layers = [layer for i in range(1, len(sizes)) for layer in (nn.Linear(sizes[i - 1], sizes[i]), nn.ReLU())]
+    return nn.Sequential(*layers[:-1])
 
 
 class Actor(nn.Module):

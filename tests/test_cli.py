@@ -48,6 +48,7 @@ BAD = {
     "--env-id Unbounded-v0": "TD3 needs a bounded, one-dimensional Box",
     "--env-id MatrixAction-v0": "TD3 needs a bounded, one-dimensional Box",
     "--env-id Raises-v0": "cannot be made: RuntimeError",
+    "--env-id Scripted-v0 --overlap --capture-video": "drop --capture-video",
     "--env-id Scripted-v0 --capture-video": "to render without a screen, try MUJOCO_GL=egl",
     "--env-id Scripted-v0 --buffer-size 1000000000000000": "no memory for --hidden-sizes or --buffer-size; lower them",
     "--env-id Scripted-v0 --buffer-size 1000000000000000000000000": "no memory for --hidden-sizes or --buffer-size",
