@@ -1,32 +1,42 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = ["torch==2.13.0", "gymnasium[mujoco]==1.4.0", "mujoco==4.0.0", "numpy==2.4.6", "tyro==1.0.17",
-#   "wandb==0.31.0", "tensorboard==2.21.0", "tqdm==4.70.1", "moviepy==2.2.1"]
+#   "wandb==0.31.0", "safetensors==0.8.0", "filelock==4.2.12", "tensorboard==2.21.0", "tqdm==4.70.1", "moviepy==2.2.1"]
 # ///
 """TD3 (Fujimoto et al. 2018), the dense twin of rnm_td3_continuous.py."""
 
+import contextlib
 import copy
 import difflib
 import functools
+import hashlib
 import json
 import math
+import operator
 import os
 import random
+import re
+import shutil
+import signal
 import sys
+import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import gymnasium as gym
 import mujoco
 import numpy as np
+import safetensors.torch
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
+from filelock import FileLock, Timeout
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -44,6 +54,8 @@ class Args:
     wandb_entity: str | None = None  # team or user on Weights & Biases
     capture_video: bool = False  # record episodes to `videos/` in the run folder (with --evaluate: beside the model)
     save_model: bool = False  # write `model.pt` to the run folder at the end, also after Ctrl-C
+    checkpoint_interval: int = 50_000  # environment steps between checkpoints; also at the end and at Ctrl-C (0 = none)
+    resume: str | None = None  # run folder: go on from its last checkpoint, with its flags
     evaluate: str | None = None  # path of a `model.pt`: do not train, play --eval-episodes episodes with it
 
     env_id: str = "Hopper-v4"  # environment with Box observations and bounded, one-dimensional Box actions
@@ -65,6 +77,11 @@ class Args:
     profile: bool = False  # print at the end where the time of the training loop went
 
 
+# Flags that may change when a run is resumed: its training stays the same to the bit.
+HARMLESS = {"total_timesteps", "eval_interval", "checkpoint_interval", "overlap", "profile", "save_model", "resume"}
+HARMLESS |= {"capture_video", "track", "wandb_project_name", "wandb_entity"}
+
+
 class UsageError(Exception):
     """What the user asked for cannot be done; the message is one line: what is wrong and what to do."""
 
@@ -74,6 +91,7 @@ def check_args(args: Args) -> None:
     limits = dict.fromkeys(["total_timesteps", "buffer_size", "policy_frequency", "eval_episodes"], (1, math.inf))
     limits |= dict.fromkeys(["policy_noise", "exploration_noise", "noise_clip", "learning_rate"], (0, math.inf))
     limits |= {"gamma": (0, 1), "tau": (0, 1), "eval_interval": (0, math.inf), "seed": (0, 2**31)}
+    limits |= {"checkpoint_interval": (0, math.inf)}
     limits |= {"batch_size": (1, args.buffer_size), "learning_starts": (0, args.total_timesteps)}
     reasons = {"batch_size": " (--buffer-size)", "learning_starts": " (--total-timesteps)"}
     for name, (low, high) in limits.items():
@@ -84,7 +102,9 @@ def check_args(args: Args) -> None:
         raise UsageError(f"--hidden-sizes is {args.hidden_sizes}; give one or more sizes of at least 1")
     if args.overlap and args.capture_video:
         raise UsageError("--overlap steps the environment in a thread, where it cannot be filmed; drop --capture-video")
-    if not args.exp_name or args.exp_name != Path(args.exp_name).name:
+    if args.resume and args.evaluate:
+        raise UsageError("--resume trains, --evaluate does not; give one of them")
+    if not args.exp_name or args.exp_name != Path(args.exp_name).name or not args.exp_name.isprintable():
         raise UsageError(f"--exp-name is {args.exp_name!r}; give a plain name without slashes")
 
 
@@ -192,13 +212,13 @@ class ReplayBuffer:
         self.widths = [obs_dim, action_dim, obs_dim, 1, 1]
         self.rows = torch.empty(capacity, sum(self.widths), dtype=torch.float32)  # its pages come with the writes
         self.rows_numpy = self.rows.numpy()  # the same memory: NumPy writes a row in a fraction of the time
-        self.capacity, self.position, self.size = capacity, 0, 0
+        self.capacity, self.size, self.added = capacity, 0, 0  # added: since the run began, overwritten ones too
 
     def add(self, obs: np.ndarray, action: np.ndarray, next_obs: np.ndarray, reward: float, terminated: bool) -> None:
         """`next_obs` is what the step returned, not what a reset after it did; `terminated` excludes truncation."""
-        np.concatenate((obs, action, next_obs, (reward, terminated)), out=self.rows_numpy[self.position])
-        self.position = (self.position + 1) % self.capacity
-        self.size = min(self.size + 1, self.capacity)
+        np.concatenate((obs, action, next_obs, (reward, terminated)), out=self.rows_numpy[self.added % self.capacity])
+        self.added += 1
+        self.size = min(self.added, self.capacity)
 
     def sample(self, batch_size: int, device: torch.device) -> tuple[torch.Tensor, ...]:
         """Uniform with replacement: obs [B, O], action [B, A], next_obs [B, O], reward [B], terminated [B]."""
@@ -207,8 +227,53 @@ class ReplayBuffer:
         obs, action, next_obs, reward, terminated = batch.split(self.widths, dim=1)
         return obs, action, next_obs, reward.squeeze(1), terminated.squeeze(1)
 
+    def rows_since(self, start: int) -> list[np.ndarray]:
+        """Rows of the transitions `start` to the newest, in one part or two, without a copy."""
+        first, stop = start % self.capacity, self.added % self.capacity
+        return [self.rows_numpy[first:stop]] if first < stop else [self.rows_numpy[first:], self.rows_numpy[:stop]]
+
+    def restore(self, start: int, rows: np.ndarray) -> None:
+        """Put back the transitions `start` to `start + len(rows) - 1`, which become the newest. Raises ValueError."""
+        self.added = start + len(rows)
+        self.size = min(self.added, self.capacity)
+        self.rows_numpy[np.arange(start, self.added) % self.capacity] = rows
+
 
 # ---------------------------------------------------------------- environment
+
+
+class EnvironmentFault(Exception):
+    """The environment failed, or returned what must not reach the replay buffer; the message is one line."""
+
+
+class CheckedEnv(gym.Wrapper):
+    """Raises EnvironmentFault where an environment raises, or returns a wrong shape, NaN or infinity."""
+
+    def __init__(self, env: gym.Env):
+        super().__init__(env)
+        self.shape = env.observation_space.shape
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+        try:
+            obs, reward, terminated, truncated, info = self.env.step(action)
+            self.check(obs, float(reward))
+        except Exception as error:  # whatever an environment's own code raises
+            raise EnvironmentFault(f"the environment failed in step: {error!r}") from error
+        return obs, float(reward), terminated, truncated, info
+
+    def reset(self, **options) -> tuple[np.ndarray, dict]:
+        try:
+            obs, info = self.env.reset(**options)
+            self.check(obs)
+        except Exception as error:
+            raise EnvironmentFault(f"the environment failed in reset: {error!r}") from error
+        return obs, info
+
+    def check(self, obs: np.ndarray, reward: float = 0.0) -> None:
+        if np.shape(obs) != self.shape:
+            raise ValueError(f"observation of shape {np.shape(obs)} instead of {self.shape}")
+        if not (np.isfinite(obs).all() and math.isfinite(reward)):
+            raise ValueError("NaN or infinity in observation or reward")
 
 
 def make_env(env_id: str, capture_video: bool = False) -> gym.Env:
@@ -230,18 +295,25 @@ def make_env(env_id: str, capture_video: bool = False) -> gym.Env:
     continuous = isinstance(action, gym.spaces.Box) and action.dtype.kind == "f"
     if not continuous or len(action.shape) != 1 or not action.is_bounded():
         raise UsageError(f"--env-id {env_id}: actions are {action}; TD3 needs a bounded, one-dimensional Box of floats")
-    return env if len(obs.shape) == 1 else gym.wrappers.FlattenObservation(env)
+    return CheckedEnv(env if len(obs.shape) == 1 else gym.wrappers.FlattenObservation(env))
 
 
-def evaluate(policy: Callable[[np.ndarray], np.ndarray], env: gym.Env, episodes: int, seed: int) -> list[float]:
-    """Undiscounted return of each episode. The seed fixes the initial states: every evaluation sees the same ones."""
+def evaluate(
+    policy: Callable[[np.ndarray], np.ndarray], env: gym.Env, episodes: int, seed: int, stop=lambda: False
+) -> list[float] | None:
+    """Undiscounted return of each episode. The seed fixes the initial states: every evaluation sees the same ones.
+
+    Returns None as soon as `stop()` is true.
+    """
     returns = []
     for episode in range(episodes):
         obs, _ = env.reset(seed=seed if episode == 0 else None)
         episodic_return, done = 0.0, False
         while not done:
+            if stop():
+                return None
             obs, reward, terminated, truncated, _ = env.step(policy(obs))
-            episodic_return += float(reward)
+            episodic_return += reward
             done = terminated or truncated
         returns.append(episodic_return)
     return returns
@@ -250,40 +322,91 @@ def evaluate(policy: Callable[[np.ndarray], np.ndarray], env: gym.Env, episodes:
 # ---------------------------------------------------------------- run folder
 
 
-class RunLog:
-    """The run folder with configuration, TensorBoard events and CSV files; the progress bar; W&B if asked."""
+def claim_run_folder(args: Args) -> tuple[Path, FileLock]:
+    """Make the run folder, or take that of --resume, for this process alone. Raises UsageError."""
+    folder, started = Path(args.resume or ""), int(time.time())
+    if args.resume and not (folder / "checkpoints").is_dir():
+        raise UsageError(f"--resume {folder}: no checkpoints in it")
+    while not args.resume:
+        folder = Path("runs", f"{args.env_id.replace('/', '_')}__{args.exp_name}__{args.seed}__{started}")
+        try:
+            folder.mkdir(parents=True)
+            break
+        except FileExistsError:  # two runs started in the same second
+            started += 1
+        except OSError as error:
+            raise UsageError(f"cannot make the run folder {folder}: {error.strerror}") from error
+    lock = FileLock(folder / "lock", timeout=0)  # the system releases it however the process ends
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise UsageError(f"{folder}: another process trains in this run folder; wait for it, or stop it") from error
+    except OSError as error:
+        raise UsageError(f"{folder}: the run folder cannot be written: {error.strerror}") from error
+    return folder, lock
 
-    def __init__(self, args: Args, device: torch.device):
-        started = int(time.time())
-        while True:
-            name = f"{args.env_id.replace('/', '_')}__{args.exp_name}__{args.seed}__{started}"
-            self.folder = Path("runs", name)
-            try:
-                self.folder.mkdir(parents=True)
-                break
-            except FileExistsError:  # two runs started in the same second
-                started += 1
-            except OSError as error:
-                raise UsageError(f"cannot make the run folder {self.folder}: {error.strerror}") from error
-        config = {**vars(args), "device": str(device), "num_threads": torch.get_num_threads()}
-        config["versions"] = {package.__name__: package.__version__ for package in (torch, gym, mujoco, np)}
-        (self.folder / "config.json").write_text(json.dumps(config, indent=2))
+
+def run_config(args: Args, device: torch.device) -> dict:
+    """What made a run: all flags, and the machine."""
+    versions = {package.__name__: package.__version__ for package in (torch, gym, mujoco, np)}
+    return {**vars(args), "device": str(device), "num_threads": torch.get_num_threads(), "versions": versions}
+
+
+class RunLog:
+    """The files of a run folder with configuration, TensorBoard events and CSV; the progress bar; W&B if asked."""
+
+    def __init__(self, folder: Path, config: dict, resumed: dict | None = None):
+        """`resumed`: what `state()` gave. Lines that were written after it are cut: they will be written again."""
+        self.folder, state = folder, resumed or {"seconds": 0.0, "returns": [math.nan, math.nan], "wandb": None}
+        write_durably(folder / "config.incomplete", json.dumps(config, indent=2).encode())
+        os.replace(folder / "config.incomplete", folder / "config.json")
         self.wandb = None
-        if args.track:
+        if config["track"]:
             import wandb  # here, since it takes a second
 
-            options = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": name, "config": config}
+            options = {"project": config["wandb_project_name"], "entity": config["wandb_entity"], "name": folder.name}
+            options |= {"config": config, "id": state["wandb"], "resume": "allow" if state["wandb"] else None}
             try:
                 self.wandb = wandb.init(**options, sync_tensorboard=True, save_code=True)
             except Exception as error:  # no key, no network, a wrong mode
+                if not resumed:
+                    shutil.rmtree(folder)
                 raise UsageError(f"--track: {error!r}; run `wandb login`, or set WANDB_MODE=offline") from error
-        self.writer = SummaryWriter(str(self.folder))
-        self.writer.add_text("hyperparameters", "\n".join(f"    {key}: {value}" for key, value in config.items()))
-        self.append("episodes.csv", ["step", "return", "length", "seconds"])
-        self.append("evaluations.csv", ["step", *(f"return_{i + 1}" for i in range(args.eval_episodes)), "mean", "std"])
-        self.start = self.last_line = time.time()
-        self.last_return = self.last_evaluation = math.nan
-        self.bar = tqdm(total=args.total_timesteps, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+        for path in self.files() if resumed else ():
+            size = state["files"].get(path.name, 0)
+            if size > path.stat().st_size:
+                print(f"note: {path} is shorter than at the checkpoint; what is missing stays missing", file=sys.stderr)
+            elif size > 0:
+                os.truncate(path, size)
+            else:
+                path.unlink()  # events after the checkpoint alone
+        self.writer = SummaryWriter(str(folder))
+        if not resumed:
+            self.writer.add_text("hyperparameters", "\n".join(f"    {key}: {value}" for key, value in config.items()))
+            self.append("episodes.csv", ["step", "return", "length", "seconds"])
+            returns = [f"return_{i + 1}" for i in range(config["eval_episodes"])]
+            self.append("evaluations.csv", ["step", *returns, "mean", "std"])
+        self.last_line = time.time()
+        self.start = self.last_line - state["seconds"]
+        self.last_return, self.last_evaluation = state["returns"]
+        self.bar = tqdm(
+            total=config["total_timesteps"], unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True
+        )
+
+    def files(self) -> list[Path]:
+        csv = [self.folder / name for name in ("episodes.csv", "evaluations.csv")]
+        return [*filter(Path.exists, csv), *self.folder.glob("events.out.tfevents.*")]
+
+    def state(self) -> dict:
+        """Wall time so far, last returns, W&B's run id, and the size of every file, all of which is on the disk."""
+        self.flush()
+        files = {}
+        for path in self.files():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+            files[path.name] = path.stat().st_size
+        returns, run_id = [self.last_return, self.last_evaluation], self.wandb and self.wandb.id
+        return {"seconds": time.time() - self.start, "returns": returns, "wandb": run_id, "files": files}
 
     def append(self, name: str, row: list) -> None:
         with open(self.folder / name, "a") as file:
@@ -316,11 +439,22 @@ class RunLog:
             self.last_line = time.time()
             print(f"step {step}/{self.bar.total}, {speed} steps/s, {status}", flush=True)
 
+    def flush(self) -> None:
+        """Raises OSError, such as TensorBoard's thread has met."""
+        self.writer.flush()
+
     def close(self) -> None:
         self.bar.close()
-        self.writer.close()
+        with contextlib.suppress(OSError):  # a full disk has been found by `flush` already
+            self.writer.close()
         if self.wandb:
             self.wandb.finish()
+
+
+def thread_excepthook(failure) -> None:
+    """Keep quiet about a full disk in TensorBoard's thread: `RunLog.flush` raises that where a run can end with it."""
+    if not issubclass(failure.exc_type, OSError):
+        threading.__excepthook__(failure)
 
 
 class Profile:
@@ -398,6 +532,320 @@ def evaluate_model(args: Args) -> None:
     print(f"returns {np.round(returns, 2).tolist()}, mean {np.mean(returns):.2f}, std {np.std(returns):.2f}")
 
 
+# ---------------------------------------------------------------- checkpoints
+
+CHECKPOINT_FORMAT = f"{MODEL_FORMAT}-checkpoint-1"
+
+
+class StopSignals:
+    """SIGINT and SIGTERM wait here until the training loop has finished its step; a second SIGINT does not wait."""
+
+    def __init__(self):
+        self.received, self.previous = 0, {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                if signal.getsignal(number) is not signal.SIG_IGN:  # as `nohup` and a shell's `&` set it
+                    self.previous[number] = signal.signal(number, self.receive)
+
+    def receive(self, number: int, frame) -> None:
+        self.received = self.received or number
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
+
+    def close(self) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+
+def write_durably(path: Path, *parts: bytes | np.ndarray) -> str:
+    """Write a file down to the disk. Returns its SHA-256."""
+    digest = hashlib.sha256()
+    with open(path, "wb") as file:
+        for part in parts:
+            file.write(part)
+            digest.update(part)
+        file.flush()
+        os.fsync(file.fileno())
+    return digest.hexdigest()
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring the names in a folder down to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class Checkpoints:
+    """The last two states of a run, in `checkpoints/` of its folder; another process goes on from them to the bit.
+
+    {step}/state.json            counters, random states, environment, positions in the log files
+    {step}/agent.safetensors     all that training changes in networks and optimizers
+    {step}/SHA256SUMS            of these two, and of the parts of the replay buffer; for `sha256sum -c`
+    replay/{start}-{stop}.f32    transitions start to stop - 1 of the run: rows of the buffer, written once
+
+    A checkpoint gets its name when all of it is on the disk, so a crash at any moment leaves the one before whole.
+    """
+
+    def __init__(self, run_folder: Path):
+        self.folder = run_folder / "checkpoints"
+        self.replay: dict[tuple[int, int], str] = {}  # (start, stop) of each part on the disk: SHA-256
+        self.kept: dict[str, set[Path]] = {}  # the last two checkpoints: their parts
+
+    def part(self, start: int, stop: int) -> Path:
+        return self.folder / "replay" / f"{start:09d}-{stop:09d}.f32"
+
+    def write(self, step: int, state: dict, agent: "TD3", buffer: ReplayBuffer) -> None:
+        """Raises OSError."""
+        (self.folder / "replay").mkdir(parents=True, exist_ok=True)
+        incomplete, target = self.folder / "incomplete", self.folder / f"{step:09d}"
+        shutil.rmtree(incomplete, ignore_errors=True)
+        oldest = buffer.added - buffer.size
+        replay = {span: digest for span, digest in self.replay.items() if span[1] > oldest}
+        start, stop = max([oldest, *(stop for _, stop in replay)]), buffer.added
+        try:
+            if start < stop:
+                replay[start, stop] = write_durably(self.part(start, stop), *buffer.rows_since(start))
+            incomplete.mkdir()
+            state = {"format": CHECKPOINT_FORMAT, "added": buffer.added, **state}
+            tensors = {name: tensor.cpu().contiguous() for name, tensor in agent.state_dict().items()}
+            sums = {f"../replay/{self.part(*span).name}": digest for span, digest in replay.items()}
+            sums["state.json"] = write_durably(incomplete / "state.json", json.dumps(state).encode())
+            sums["agent.safetensors"] = write_durably(incomplete / "agent.safetensors", safetensors.torch.save(tensors))
+            lines = "".join(f"{digest}  {name}\n" for name, digest in sums.items())
+            write_durably(incomplete / "SHA256SUMS", lines.encode())
+            sync_folder(incomplete)
+            sync_folder(self.folder / "replay")
+            shutil.rmtree(target, ignore_errors=True)  # a damaged one, which a resumed run has come to again
+            os.rename(incomplete, target)
+        except OSError:
+            shutil.rmtree(incomplete, ignore_errors=True)
+            if start < stop:
+                self.part(start, stop).unlink(missing_ok=True)
+            raise
+        sync_folder(self.folder)
+        sync_folder(self.folder.parent)
+        self.replay = replay
+        self.kept = dict([*self.kept.items(), (target.name, {self.part(*span) for span in replay})][-2:])
+        for path in self.folder.iterdir():
+            if path.name not in {*self.kept, "replay"}:
+                shutil.rmtree(path, ignore_errors=True)
+        for path in set((self.folder / "replay").iterdir()) - set().union(*self.kept.values()):
+            path.unlink()
+
+    def read(self) -> tuple[dict, dict[str, torch.Tensor]]:
+        """State and tensors of the newest whole checkpoint. Raises UsageError."""
+        for path in sorted(self.folder.glob("[0-9]*"), reverse=True):
+            try:
+                return self._read(path)
+            except Exception as error:  # damaged or hostile: json, safetensors and files each have errors of their own
+                print(f"note: checkpoint {path} is refused: {error}", file=sys.stderr)
+        raise UsageError(f"--resume {self.folder.parent}: no whole checkpoint in it")
+
+    def _read(self, path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
+        sums = dict(line.split("  ")[::-1] for line in (path / "SHA256SUMS").read_text().splitlines())
+        contents, replay = {}, {}
+        for name, digest in sums.items():
+            span = re.fullmatch(r"\.\./replay/(\d{9,})-(\d{9,})\.f32", name)
+            if span:
+                replay[int(span[1]), int(span[2])] = digest
+                with open(path / name, "rb") as file:
+                    found = hashlib.file_digest(file, "sha256").hexdigest()
+            else:
+                contents[name] = (path / Path(name).name).read_bytes()
+                found = hashlib.sha256(contents[name]).hexdigest()
+            if found != digest:
+                raise ValueError(f"{name} is damaged")
+        state = json.loads(contents["state.json"])
+        if state["format"] != CHECKPOINT_FORMAT:
+            raise ValueError(f"{state['format']} is not a checkpoint of this script ({CHECKPOINT_FORMAT})")
+        replay = dict(sorted(replay.items()))
+        starts, stops = [start for start, _ in replay], [stop for _, stop in replay]
+        if [*starts[1:], state["added"]] != (stops or [0]):
+            raise ValueError("parts of the replay buffer are missing")
+        self.replay, self.kept = replay, {path.name: {self.part(*span) for span in replay}}
+        return state, safetensors.torch.load(contents["agent.safetensors"])
+
+    def read_replay(self, buffer: ReplayBuffer) -> None:
+        """Fill a buffer. Raises ValueError if the rows do not fit."""
+        for start, stop in self.replay:
+            rows = np.fromfile(self.part(start, stop), np.float32)
+            buffer.restore(start, rows.reshape(stop - start, sum(buffer.widths)))
+        if min(self.replay, default=(0, 0))[0] > buffer.added - buffer.size:
+            raise ValueError("the oldest part of the replay buffer is missing")
+
+
+def saved_args(run_folder: str) -> Args:
+    """The flags of a run. Raises UsageError."""
+    path = Path(run_folder, "config.json")
+    try:
+        config, saved = json.loads(path.read_text()), {}
+        for name, default in vars(Args()).items():
+            saved[name] = tuple(map(operator.index, config[name])) if name == "hidden_sizes" else config[name]
+            if type(saved[name]) is not type(default) and (default is not None or type(saved[name]) is not str):
+                raise TypeError(f"{name} is {saved[name]!r}")
+    except Exception as error:
+        raise UsageError(f"--resume {run_folder}: not a run folder of this script: {path}: {error!r}") from error
+    return Args(**saved)
+
+
+def check_resumed(config: dict, saved: dict) -> None:
+    """Raises UsageError for a flag that would change the result; says where the machine may."""
+    for name, now in json.loads(json.dumps(config)).items():
+        if name not in HARMLESS and now != saved[name]:
+            difference = f"{name} is {now}, {saved[name]} in the run to resume"
+            if name in Args.__dataclass_fields__:
+                raise UsageError(f"--resume: {difference}, whose result it would change; drop it, or start a new run")
+            print(f"note: {difference}; the last bits of the results may differ", file=sys.stderr)
+
+
+def get_random_states() -> dict:
+    """Of Python, NumPy and PyTorch, as JSON knows them."""
+    numpy_state, cuda = np.random.get_state(legacy=False), torch.cuda.is_available()
+    numpy_state["state"]["key"] = numpy_state["state"]["key"].tolist()
+    cuda_states = [state.tolist() for state in torch.cuda.get_rng_state_all()] if cuda else []
+    torch_state = torch.get_rng_state().tolist()
+    return {"python": random.getstate(), "numpy": numpy_state, "torch": torch_state, "cuda": cuda_states}
+
+
+def set_random_states(states: dict) -> None:
+    """Raises one of several errors if they are none."""
+    version, numbers, gauss = states["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    mt19937 = states["numpy"]["state"]
+    if not 0 <= mt19937["pos"] <= 624:  # NumPy takes it as it is
+        raise ValueError("random state of NumPy")
+    np.random.set_state({**states["numpy"], "state": {**mt19937, "key": np.array(mt19937["key"], np.uint32)}})
+    torch.set_rng_state(torch.tensor(states["torch"], dtype=torch.uint8))
+    if states["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all([torch.tensor(state, dtype=torch.uint8) for state in states["cuda"]])
+
+
+def env_attributes(env: gym.Env) -> dict[str, tuple[gym.Env, str, Any]]:
+    """Attributes of an environment and of its wrappers that may change: path to (owner, name, value)."""
+    layers, constant = [env], {"env", "spec", "_cached_spec", "mujoco_renderer", "func"}
+    constant |= {"_saved_kwargs", "_ezpickle_args", "_ezpickle_kwargs"}
+    while isinstance(layers[-1], gym.Wrapper):
+        layers.append(layers[-1].env)
+    layers = [x for x in layers if not isinstance(x, gym.wrappers.PassiveEnvChecker | gym.wrappers.RecordVideo)]
+    named = [(i, layer, name, value) for i, layer in enumerate(layers) for name, value in vars(layer).items()]
+    attributes = {f"{i}.{name}": (layer, name, value) for i, layer, name, value in named if name not in constant}
+    return attributes | {"action_space": (env, "action_space", env.action_space)}  # of the class, perhaps
+
+
+def mujoco_arrays(model: mujoco.MjModel) -> list[str]:
+    """Arrays of MjData that steps leave behind for the next one to look at, such as `xpos`."""
+    empty = mujoco.MjData(model)  # without contacts: what depends on their number is made anew in every step
+    arrays = [(name, getattr(empty, name)) for name in dir(empty) if not name.startswith("_")]
+    return [name for name, value in arrays if isinstance(value, np.ndarray) and value.dtype == float and value.size]
+
+
+def encode(value: Any) -> Any:
+    """A value of an environment's attribute for JSON, to the bit. Raises TypeError if there is no such form."""
+    if isinstance(value, gym.Space):
+        value = value.np_random
+    if isinstance(value, np.random.Generator):
+        value = {"generator": value.bit_generator.state}
+    elif isinstance(value, mujoco.MjModel):
+        content = np.empty(mujoco.mj_sizeModel(value), np.uint8)
+        mujoco.mj_saveModel(value, None, content)
+        value = {"model": hashlib.sha256(content).hexdigest()}
+    elif isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "biuf":
+        value = {"dtype": value.dtype.str, "shape": value.shape, "data": value.ravel().tolist()}
+    return json.loads(json.dumps(value))
+
+
+def decode(saved: dict) -> np.ndarray:
+    """The array of an `encode`. Raises one of several errors if it was none."""
+    if np.dtype(saved["dtype"]).kind not in "biuf":
+        raise ValueError(f"{saved['dtype']} is no type of a number")
+    return np.array(saved["data"], saved["dtype"]).reshape(saved["shape"])
+
+
+def get_env_state(env: gym.Env, obs: np.ndarray) -> dict:
+    """All that an environment and its wrappers hold, for JSON, or the reason why there is no such form."""
+    state = {}
+    for path, (owner, name, value) in env_attributes(env).items():
+        try:
+            if isinstance(value, mujoco.MjData):
+                physics = np.empty(mujoco.mj_stateSize(owner.model, mujoco.mjtState.mjSTATE_INTEGRATION))
+                mujoco.mj_getState(owner.model, value, physics, mujoco.mjtState.mjSTATE_INTEGRATION)
+                arrays = {array: encode(getattr(value, array)) for array in mujoco_arrays(owner.model)}
+                state[path] = {"physics": encode(physics), "arrays": arrays}
+            else:
+                state[path] = encode(value)
+        except TypeError:
+            return {"reason": f"its attribute {name} is a {type(value).__name__}"}
+    return {"obs": encode(obs), "attributes": state}
+
+
+def set_env_state(env: gym.Env, state: dict) -> np.ndarray:
+    """Bring an environment that was reset to a state of `get_env_state`. Returns the observation.
+
+    Raises one of several errors if it cannot.
+    """
+    if "reason" in state:
+        raise ValueError(state["reason"])
+    attributes = env_attributes(env)
+    if different := attributes.keys() ^ state["attributes"].keys():
+        raise ValueError(f"its attributes {sorted(different)} come and go")
+    for path, (owner, name, value) in attributes.items():
+        saved = state["attributes"][path]
+        if isinstance(value, mujoco.MjData):
+            for array in mujoco_arrays(owner.model):
+                getattr(value, array)[...] = decode(saved["arrays"][array])
+            mujoco.mj_setState(owner.model, value, decode(saved["physics"]), mujoco.mjtState.mjSTATE_INTEGRATION)
+        elif encode(value) == saved:
+            continue  # most are constants
+        elif isinstance(value, mujoco.MjModel):
+            raise ValueError("its physics has another model")
+        elif isinstance(value, gym.Space | np.random.Generator):
+            generator = value.np_random if isinstance(value, gym.Space) else value
+            generator.bit_generator.state = saved["generator"]
+        elif not isinstance(saved, dict) or "dtype" not in saved:
+            setattr(owner, name, tuple(saved) if isinstance(value, tuple) else saved)
+        elif isinstance(value, np.ndarray) and not value.flags.owndata:  # a view of something
+            value[...] = decode(saved)
+        else:
+            setattr(owner, name, decode(saved) if isinstance(value, np.ndarray) else decode(saved)[()])
+    obs = decode(state["obs"])
+    if obs.shape != env.observation_space.shape:
+        raise ValueError(f"its observation has the shape {obs.shape}")
+    return obs
+
+
+def resume(
+    checkpoints: Checkpoints, config: dict, agent: "TD3", buffer: ReplayBuffer, env: gym.Env
+) -> tuple[dict, np.ndarray]:
+    """Bring everything to the newest whole checkpoint. Returns its state and the observation. Raises UsageError."""
+    state, tensors = checkpoints.read()
+    try:
+        check_resumed(config, state["config"])
+        if not 0 <= state["step"] <= config["total_timesteps"]:
+            raise UsageError(f"--total-timesteps is {config['total_timesteps']}; the run is at {state['step']} already")
+        agent.load_state_dict(tensors)
+        checkpoints.read_replay(buffer)
+        try:
+            obs = set_env_state(env, state["env"])
+        except Exception as error:
+            print(f"note: the environment cannot be brought back ({error}): on with a new episode", file=sys.stderr)
+            env.action_space.seed(config["seed"] + state["step"])
+            obs, _ = env.reset(seed=config["seed"] + state["step"])
+            state["episode"] = [0.0, 0]
+        set_random_states(state["random"])
+        state["episode"] = [float(state["episode"][0]), int(state["episode"][1])]
+        state["actor_loss"], log = float(state["actor_loss"]), state["log"]
+        log["seconds"], log["returns"] = float(log["seconds"]), [float(value) for value in log["returns"]]
+        log["files"] = {name: int(size) for name, size in log["files"].items()}
+    except (UsageError, EnvironmentFault):
+        raise
+    except Exception as error:  # each part of what was read has errors of its own
+        raise UsageError(f"--resume {checkpoints.folder.parent}: damaged checkpoint: {error!r}") from error
+    return state, obs
+
+
 # ---------------------------------------------------------------- TD3
 
 
@@ -460,12 +908,46 @@ class TD3:
         for name in ("actor", "qf1", "qf2"):
             polyak_update(self.networks[name], self.networks[f"{name}_target"], self.args.tau)
 
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """All that training changes, networks and optimizers, by names such as `q_optimizer.0.exp_avg`."""
+        states = {name: network.state_dict() for name, network in self.networks.items()}
+        for name in ("actor_optimizer", "q_optimizer"):
+            moments = getattr(self, name).state_dict()["state"].items()
+            states[name] = {f"{i}.{key}": value for i, state in moments for key, value in state.items()}
+        return {f"{name}.{key}": value for name, state in states.items() for key, value in state.items()}
+
+    def load_state_dict(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Raises one of several errors if names or shapes are not those of `state_dict`."""
+        states = defaultdict(dict)
+        for path, tensor in tensors.items():
+            name, key = path.split(".", 1)
+            states[name][key] = tensor
+        for name, network in self.networks.items():
+            network.load_state_dict(states.pop(name))
+        for name in ("actor_optimizer", "q_optimizer"):
+            optimizer, moments = getattr(self, name), defaultdict(dict)
+            for path, tensor in states.pop(name, {}).items():
+                i, key = path.split(".")
+                moments[int(i)][key] = tensor
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+            parameters = optimizer.param_groups[0]["params"] if moments else []
+            found = [{key: value.shape for key, value in optimizer.state[x].items()} for x in parameters]
+            expected = [{"step": (), "exp_avg": x.shape, "exp_avg_sq": x.shape} for x in parameters]
+            if found != expected or len(moments) != len(parameters):
+                raise ValueError(f"the state of {name} does not fit")
+        if states:
+            raise ValueError(f"{sorted(states)} are no part of an agent")
+
 
 # ---------------------------------------------------------------- training
 
 
 def train(args: Args) -> tuple[TD3, ReplayBuffer, Path]:
-    """Returns agent, buffer, run folder. Raises UsageError before any work, FloatingPointError for NaN or infinity."""
+    """Returns agent, buffer, run folder.
+
+    Raises: UsageError before any work; FloatingPointError for NaN or infinity; EnvironmentFault; OSError for a full
+    disk, say; KeyboardInterrupt or SystemExit after SIGINT or SIGTERM. The checkpoints stay whole.
+    """
     check_args(args)
     env, eval_env = make_env(args.env_id, args.capture_video), make_env(args.env_id)
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
@@ -481,17 +963,46 @@ def train(args: Args) -> tuple[TD3, ReplayBuffer, Path]:
         buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim)
     except (RuntimeError, TypeError) as error:
         raise UsageError(f"no memory for --hidden-sizes or --buffer-size; lower them: {error!r}") from error
-    log = RunLog(args, device)
-    global_step, episodic_return, episodic_length = 0, 0.0, 0
+    config = run_config(args, device)
+    folder, lock = claim_run_folder(args)
+    checkpoints, log, state = Checkpoints(folder), None, {}
+    global_step, episodic_return, episodic_length, actor_loss, evaluation_due = 0, 0.0, 0, math.nan, False
     profile, pool = Profile(), ThreadPoolExecutor(1)
     lap = profile.lap if args.profile else lambda part: None
+
+    def evaluation() -> bool:
+        """False if a signal cut it short."""
+        returns = evaluate(agent.actor.act, eval_env, args.eval_episodes, args.seed + 100, lambda: signals.received)
+        if returns:
+            log.evaluation(global_step, returns)
+        return returns is not None
+
+    def checkpoint(env_state: dict) -> None:
+        state = {"config": config, "step": global_step, "episode": [episodic_return, episodic_length], "env": env_state}
+        state |= {"actor_loss": float(actor_loss), "evaluation_due": evaluation_due, "random": get_random_states()}
+        state["log"] = log.state()
+        try:
+            checkpoints.write(global_step, state, agent, buffer)
+        except OSError as error:
+            print(f"warning: no checkpoint at step {global_step}, the one before is kept: {error}", file=sys.stderr)
+
     try:
-        print(f"{args.env_id} on {device}, {torch.get_num_threads()} threads, run folder {log.folder}", flush=True)
         if args.capture_video:
-            env = gym.wrappers.RecordVideo(env, str(log.folder / "videos"))
+            prefix = "rl-video" if not args.resume else f"rl-video-resumed-{int(time.time())}"
+            env = gym.wrappers.RecordVideo(env, str(folder / "videos"), name_prefix=prefix)
         obs, _ = env.reset(seed=args.seed)
+        if args.resume:
+            state, obs = resume(checkpoints, config, agent, buffer, env)
+            global_step, (episodic_return, episodic_length) = state["step"], state["episode"]
+            actor_loss, evaluation_due = state["actor_loss"], state["evaluation_due"]
+        log, signals = RunLog(folder, config, state.get("log")), StopSignals()
+        resumed = f", resumed at step {global_step}" if args.resume else ""
+        print(f"{args.env_id} on {device}, {torch.get_num_threads()} threads, run folder {folder}{resumed}", flush=True)
+        if evaluation_due:
+            evaluation_due = not evaluation()
         lap("start")
-        for global_step in range(1, args.total_timesteps + 1):
+        steps = range(global_step + 1, args.total_timesteps + 1)
+        for global_step in steps if not evaluation_due else ():
             if global_step <= args.learning_starts:
                 action = env.action_space.sample()
             else:
@@ -517,9 +1028,9 @@ def train(args: Args) -> tuple[TD3, ReplayBuffer, Path]:
                     lap("targets")
 
             next_obs, reward, terminated, truncated, _ = step()
-            buffer.add(obs, action, next_obs, float(reward), terminated)
+            buffer.add(obs, action, next_obs, reward, terminated)
             obs = next_obs
-            episodic_return += float(reward)
+            episodic_return += reward
             episodic_length += 1
             lap("environment")
             if terminated or truncated:
@@ -532,29 +1043,49 @@ def train(args: Args) -> tuple[TD3, ReplayBuffer, Path]:
             if update >= 1 and (update % 100 == 0 or evaluating or last):
                 losses = critic_scalars(*values)
                 if update >= args.policy_frequency:
-                    losses["losses/actor_loss"] = actor_loss.item()
+                    losses["losses/actor_loss"] = float(actor_loss)
                 check_finite(losses | {"action": agent.actor.act(obs)}, global_step, agent)
                 log.scalars(losses, global_step)
                 lap("logging")
+            evaluation_due = evaluating
             if evaluating:
-                log.evaluation(global_step, evaluate(agent.actor.act, eval_env, args.eval_episodes, args.seed + 100))
+                evaluation_due = not evaluation()
                 lap("evaluation")
             if global_step % 100 == 0 or last:
                 log.progress(global_step)
                 lap("logging")
+            if args.checkpoint_interval and (global_step % args.checkpoint_interval == 0 or last or signals.received):
+                checkpoint(get_env_state(env, obs))
+                lap("checkpoint")
+            if signals.received:
+                break
+        log.flush()
         if args.profile:
             log.bar.close()
             print(profile)
-    except KeyboardInterrupt:
-        print(f"\ninterrupted at step {global_step}; everything so far is in {log.folder}", file=sys.stderr)
-        raise
+    except EnvironmentFault as error:
+        if log and args.checkpoint_interval:
+            episodic_return, episodic_length = 0.0, 0
+            checkpoint({"reason": str(error)})
+        advice = f"--resume {folder} goes on with a new episode" if checkpoints.kept else "there is no checkpoint"
+        raise EnvironmentFault(f"step {global_step}: {error}; {advice}") from error
+    except OSError as error:
+        advice = f"--resume {folder} goes on from the last checkpoint" if checkpoints.kept else "there is no checkpoint"
+        raise OSError(f"step {global_step}: {error}; {advice}") from error
     finally:
-        if args.save_model:  # first, since closing may take long or fail
-            save_model(log.folder / "model.pt", agent, args)
-        pool.shutdown()  # before the environment that steps in it
-        for resource in (log, env, eval_env):
-            resource.close()
-    return agent, buffer, log.folder
+        try:
+            if args.save_model and log:  # first, since closing may take long or fail
+                save_model(folder / "model.pt", agent, args)
+        finally:
+            pool.shutdown()  # before the environment that steps in it
+            for resource in (log, env, eval_env, signals) if log else (env, eval_env):
+                resource.close()
+            lock.release()
+    if signals.received:
+        advice = f"; --resume {folder} goes on" if args.checkpoint_interval else ""
+        print(f"\ninterrupted at step {global_step}; everything so far is in {folder}{advice}", file=sys.stderr)
+        raise KeyboardInterrupt if signals.received == signal.SIGINT else SystemExit(128 + signals.received)
+    return agent, buffer, folder
 
 
 def critic_scalars(qf1_values: torch.Tensor, qf2_values: torch.Tensor, target_q: torch.Tensor) -> dict[str, float]:
@@ -575,11 +1106,14 @@ def check_finite(values: dict[str, float | np.ndarray], step: int, agent: TD3) -
 
 
 def main() -> int:
-    """Exit code: 0 done, 1 stopped at a non-finite value, 2 bad input, 130 interrupted."""
+    """Exit code: 0 done, 1 stopped by a fault, 2 bad input, 130 interrupted (SIGINT), 143 terminated (SIGTERM)."""
     args = tyro.cli(Args, description=__doc__)
+    threading.excepthook = thread_excepthook
     try:
+        if args.resume:  # its flags are the defaults
+            args = tyro.cli(Args, description=__doc__, default=saved_args(args.resume))
         train(args) if args.evaluate is None else evaluate_model(args)
-    except (UsageError, FloatingPointError) as error:
+    except (UsageError, EnvironmentFault, FloatingPointError, OSError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)  # one line, whatever a library had to say
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:

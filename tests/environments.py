@@ -1,5 +1,7 @@
 """Small environments with a known script, registered for the tests."""
 
+import os
+import time
 from typing import ClassVar
 
 import gymnasium as gym
@@ -63,12 +65,44 @@ class Broken(Scripted):
         self.action_space = action_space or self.action_space
 
 
+class Faulty(Scripted):
+    """Fails in the way and at the step that `fault` says, counted over all episodes of this environment."""
+
+    fault = os.environ.get("FAULT", "none")
+
+    def __init__(self):
+        super().__init__()
+        self.steps = 0
+
+    def reset(self, **options):
+        obs = super().reset(**options)
+        if self.fault.startswith("raises in reset") and self.steps >= int(self.fault.split(" at ")[1]):
+            raise ZeroDivisionError
+        return obs
+
+    def step(self, action):
+        obs, reward, terminated, truncated, info = super().step(action)
+        self.steps += 1
+        fault, _, step = self.fault.partition(" at ")
+        if self.steps == int(step or 0):
+            if fault == "raises":
+                raise ZeroDivisionError
+            if fault == "hangs":
+                time.sleep(1000)
+            if fault == "returns nothing":
+                return None
+            obs = {"returns NaN": obs * np.nan, "returns a wrong shape": np.zeros(3)}.get(fault, obs)
+            reward = {"rewards infinity": np.inf, "rewards a word": "much"}.get(fault, reward)
+        return obs, reward, terminated, truncated, info
+
+
 box = gym.spaces.Box(-1, 1, (2,), np.float32)
 gym.register("Scripted-v0", Scripted)
 gym.register("ScriptedMatrix-v0", Scripted, kwargs={"shape": (3, 2)})
-gym.register("ScriptedNaNReward-v0", Scripted, kwargs={"reward": float("nan")})
+gym.register("ScriptedHugeReward-v0", Scripted, kwargs={"reward": 1e39})  # infinite in float32
 gym.register("ScriptedActionReward-v0", Scripted, kwargs={"reward": "action"})
 gym.register("Rendered-v0", Rendered)
+gym.register("Faulty-v0", Faulty)
 gym.register("IntegerAction-v0", Broken, kwargs={"action_space": gym.spaces.Box(0, 5, (2,), np.int32)})
 gym.register("DictObs-v0", Broken, kwargs={"observation_space": gym.spaces.Dict({"a": box})})
 gym.register("Unbounded-v0", Broken, kwargs={"action_space": gym.spaces.Box(-np.inf, np.inf, (2,), np.float32)})

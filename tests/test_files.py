@@ -15,7 +15,7 @@ SPARSE, DENSE = ((ROOT / name).read_text() for name in ("rnm_td3_continuous.py",
 # What the method touches; everything else that both define is the same, word for word.
 DIFFERENT = {"Args", "check_args", "save_model", "load_actor", "polyak_update", "TD3", "Actor", "train", "MODEL_FORMAT"}
 ADDED = {"nm_mask", "NMLinear", "sparsify", "density", "save_masks"}
-ADDED |= {"KERNELS", "load_kernels", "choose_backend", "NMSequential", "NativeTD3"}
+ADDED |= {"packed_masks", "KERNELS", "load_kernels", "choose_backend", "NMSequential", "NativeTD3"}
 ADDED |= {"native_tensors", "native_mlp", "native_polyak", "native_project", "native_adam"}
 ADDED |= {"semi_structured_pad", "semi_structured_weight", "SemiStructuredProduct"}
 ONE_DNN = {"FusedMLP", "FusedSequential", "one_dnn_is_faster"}  # the dense products that the kernels compete with
@@ -59,7 +59,8 @@ def test_the_sparse_script_adds_and_changes_little():
 
 def test_length():
     python = re.sub(r'^KERNELS = r""".*?^"""$', "", SPARSE, flags=re.MULTILINE | re.DOTALL)
-    assert len(SPARSE.splitlines()) < 1620 and len(python.splitlines()) < 1010 and len(DENSE.splitlines()) < 630
+    # of these, checkpoints, resume and what guards them are 500 in each
+    assert len(SPARSE.splitlines()) < 2150 and len(python.splitlines()) < 1580 and len(DENSE.splitlines()) < 1140
 
 
 @pytest.mark.parametrize("source", [SPARSE, DENSE])

@@ -14,6 +14,7 @@ import torch
 import torch.nn as nn
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from torch.utils import cpp_extension
 
 import rnm_td3_continuous
 from rnm_td3_continuous import TD3, Args, NativeTD3, NMLinear, NMSequential, load_kernels, native_adam, sparsify
@@ -323,11 +324,12 @@ def test_projection_matches_the_reference(rows, columns, m, share, levels, seed,
             optimizer.step()
             changes.append(layer.project(optimizer, index))
         assert changes[0] == changes[1]
-        for key, value in layers[1].state_dict().items():
+        state = {key: value for key, value in layers[1].state_dict().items() if not key.endswith("_master")}
+        for key, value in state.items():
             assert torch.equal(layers[0].state_dict()[key], value), key
         for key in ("exp_avg", "exp_avg_sq"):
             moments = [
-                (layer.state_masters[key].scatter(1, layer.index, optimizer.state[layer.values][key]))
+                (layer.get_buffer(f"{key}_master").scatter(1, layer.index, optimizer.state[layer.values][key]))
                 for layer, optimizer in zip(layers, optimizers, strict=True)
             ]
             assert torch.equal(*moments)
@@ -423,31 +425,41 @@ def run(backend, **environment):
 
 
 @pytest.mark.parametrize(
-    "environment", [{"CXX": "/no/compiler"}, {"TORCH_EXTENSIONS_DIR": "/proc/no"}, {"PATH": "/no"}]
+    "environment, advice",
+    [
+        ({"CXX": "/no/compiler"}, "install g++ 11 or later"),
+        ({"PATH": "/no"}, "install g++ 11 or later"),
+        ({"TORCH_EXTENSIONS_DIR": "/proc/no"}, "set TORCH_EXTENSIONS_DIR to a folder that can be written, instead of"),
+    ],
 )
-def test_without_a_compiler_auto_goes_on_and_native_stops(environment, tmp_path):
+def test_without_kernels_auto_goes_on_and_native_stops(environment, advice, tmp_path):
     environment = {"TORCH_EXTENSIONS_DIR": str(tmp_path / "empty"), **environment}
     auto = run("auto", **environment)
     assert auto.returncode == 0, auto.stderr
     (line,) = (line for line in auto.stderr.splitlines() if "no CPU kernels" in line)
-    assert line.startswith("--backend masked: no CPU kernels, install g++")
+    assert line.startswith(f"--backend masked: no CPU kernels, {advice}")
     assert len(list(Path("runs").iterdir())) == 1
     native = run("native", **environment)
     assert native.returncode == 2
-    assert "error: --backend native: no CPU kernels, install g++" in native.stderr.splitlines()[-1]
+    assert f"error: --backend native: no CPU kernels, {advice}" in native.stderr.splitlines()[-1]
     assert "Traceback" not in auto.stderr + native.stderr
     assert len(list(Path("runs").iterdir())) == 1
 
 
 @needs_kernels
-def test_half_written_library_is_not_taken_for_a_whole_one(tmp_path):
+def test_a_damaged_library_is_not_taken_for_a_whole_one(tmp_path):
     """Neither what a killed compile leaves in a folder of its own, nor what stands under the library's name."""
-    (tmp_path / "tmpkilled").mkdir()
-    (tmp_path / "tmpkilled" / "rnm_td3.so").write_bytes(b"half")
-    for _ in range(2):
+    (tmp_path / "rnm_td3_killed").mkdir()
+    (tmp_path / "rnm_td3_killed" / "rnm_td3.so").write_bytes(b"half")
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
+    for damage in (lambda whole: whole[: len(whole) // 2], lambda whole: whole[:5000] + b"?" + whole[5001:], None):
         broken = run("auto", TORCH_EXTENSIONS_DIR=str(tmp_path), CXX="/no/compiler")
         assert broken.returncode == 0 and "compiling" in broken.stderr and "masked" in broken.stderr
-        Path(re.search(r"(/\S+\.so)\)", broken.stderr).group(1)).write_bytes(b"half")
+        library = Path(re.search(r"(/\S+\.so)\)", broken.stderr).group(1))
+        whole = (root / library.name).read_bytes()
+        library.write_bytes(damage(whole) if damage else whole)
+    whole = run("native", TORCH_EXTENSIONS_DIR=str(tmp_path), CXX="/no/compiler")
+    assert whole.returncode == 0 and "compiling" not in whole.stderr
 
 
 @pytest.mark.slow

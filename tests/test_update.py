@@ -177,7 +177,7 @@ def test_update_equals_reference(float64, n, m, target_mask, dense_layers):
             if sparse and optimizer:
                 for key, moment in zip(("exp_avg", "exp_avg_sq"), ref.moments[i], strict=True):
                     active = optimizer.state[layer.values][key]
-                    dense = layer.state_masters[key].scatter(1, layer.index, active)
+                    dense = layer.get_buffer(f"{key}_master").scatter(1, layer.index, active)
                     assert relative_error(dense.numpy(), moment) < 1e-5, (name, i, key)
 
 
