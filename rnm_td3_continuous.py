@@ -11,6 +11,7 @@ import copy
 import difflib
 import functools
 import hashlib
+import io
 import json
 import math
 import operator
@@ -28,7 +29,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import gymnasium as gym
 import mujoco
@@ -92,7 +93,7 @@ class Args:
 
 
 # Flags that may change when a run is resumed: its training stays the same to the bit.
-HARMLESS = {"total_timesteps", "eval_interval", "checkpoint_interval", "overlap", "profile", "save_model", "resume"}
+HARMLESS = {"total_timesteps", "checkpoint_interval", "overlap", "profile", "save_model", "resume"}
 HARMLESS |= {"capture_video", "track", "wandb_project_name", "wandb_entity"}
 
 
@@ -1157,7 +1158,11 @@ class ReplayBuffer:
 
 
 class EnvironmentFault(Exception):
-    """The environment failed, or returned what must not reach the replay buffer; the message is one line."""
+    """An environment failed, or returned what must not reach the replay buffer; the message is one line."""
+
+    def __init__(self, message: str, env: gym.Env):
+        super().__init__(message)
+        self.env = env
 
 
 class CheckedEnv(gym.Wrapper):
@@ -1172,7 +1177,7 @@ class CheckedEnv(gym.Wrapper):
             obs, reward, terminated, truncated, info = self.env.step(action)
             self.check(obs, float(reward))
         except Exception as error:  # whatever an environment's own code raises
-            raise EnvironmentFault(f"the environment failed in step: {error!r}") from error
+            raise EnvironmentFault(f"the environment failed in step: {error!r}", self) from error
         return obs, float(reward), terminated, truncated, info
 
     def reset(self, **options) -> tuple[np.ndarray, dict]:
@@ -1180,7 +1185,7 @@ class CheckedEnv(gym.Wrapper):
             obs, info = self.env.reset(**options)
             self.check(obs)
         except Exception as error:
-            raise EnvironmentFault(f"the environment failed in reset: {error!r}") from error
+            raise EnvironmentFault(f"the environment failed in reset: {error!r}", self) from error
         return obs, info
 
     def check(self, obs: np.ndarray, reward: float = 0.0) -> None:
@@ -1212,6 +1217,12 @@ def make_env(env_id: str, capture_video: bool = False) -> gym.Env:
     return CheckedEnv(env if len(obs.shape) == 1 else gym.wrappers.FlattenObservation(env))
 
 
+def check_import(env_id: str, args: Args) -> None:
+    """Raises UsageError if `env_id`, read from a file, imports a module, and the command line does not name it too."""
+    if ":" in env_id and env_id != args.env_id:
+        raise UsageError(f"the environment {env_id!r} imports code; if you trust it, add --env-id {env_id}")
+
+
 def evaluate(
     policy: Callable[[np.ndarray], np.ndarray], env: gym.Env, episodes: int, seed: int, stop=lambda: False
 ) -> list[float] | None:
@@ -1241,10 +1252,14 @@ def claim_run_folder(args: Args) -> tuple[Path, FileLock]:
     folder, started = Path(args.resume or ""), int(time.time())
     if args.resume and not (folder / "checkpoints").is_dir():
         raise UsageError(f"--resume {folder}: no checkpoints in it")
+    for path in folder.rglob("*") if args.resume else ():  # files are cut and deleted: not those of others
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+            raise UsageError(f"--resume {folder}: {path} is neither a file nor a folder; move it elsewhere")
     while not args.resume:
         folder = Path("runs", f"{args.env_id.replace('/', '_')}__{args.exp_name}__{args.seed}__{started}")
         try:
             folder.mkdir(parents=True)
+            sync_folder(folder.parent)
             break
         except FileExistsError:  # two runs started in the same second
             started += 1
@@ -1263,7 +1278,8 @@ def claim_run_folder(args: Args) -> tuple[Path, FileLock]:
 def run_config(args: Args, device: torch.device) -> dict:
     """What made a run: all flags, and the machine."""
     versions = {package.__name__: package.__version__ for package in (torch, gym, mujoco, np)}
-    return {**vars(args), "device": str(device), "num_threads": torch.get_num_threads(), "versions": versions}
+    machine = {"device": str(device), "cpu": torch.backends.cpu.get_cpu_capability(), "versions": versions}
+    return {**vars(args), **machine, "num_threads": torch.get_num_threads()}
 
 
 class RunLog:
@@ -1271,21 +1287,24 @@ class RunLog:
 
     def __init__(self, folder: Path, config: dict, resumed: dict | None = None):
         """`resumed`: what `state()` gave. Lines that were written after it are cut: they will be written again."""
-        self.folder, state = folder, resumed or {"seconds": 0.0, "returns": [math.nan, math.nan], "wandb": None}
-        write_durably(folder / "config.incomplete", json.dumps(config, indent=2).encode())
-        os.replace(folder / "config.incomplete", folder / "config.json")
-        self.wandb = None
+        self.folder, state = folder, resumed or {"seconds": 0.0, "returns": [math.nan, math.nan]}
+        path, self.wandb = folder / "config.json", None
+        run_id = json.loads(path.read_text()).get("wandb_id") if resumed else None
         if config["track"]:
             import wandb  # here, since it takes a second
 
             options = {"project": config["wandb_project_name"], "entity": config["wandb_entity"], "name": folder.name}
-            options |= {"config": config, "id": state["wandb"], "resume": "allow" if state["wandb"] else None}
+            options |= {"config": config, "id": run_id, "resume": "allow" if run_id else None}
             try:
                 self.wandb = wandb.init(**options, sync_tensorboard=True, save_code=True)
             except Exception as error:  # no key, no network, a wrong mode
                 if not resumed:
                     shutil.rmtree(folder)
                 raise UsageError(f"--track: {error!r}; run `wandb login`, or set WANDB_MODE=offline") from error
+            run_id = self.wandb.id
+        content = json.dumps({**config, "wandb_id": run_id}, indent=2)
+        write_durably(path.with_suffix(".incomplete"), content.encode())
+        os.replace(path.with_suffix(".incomplete"), path)
         for path in self.files() if resumed else ():
             size = state["files"].get(path.name, 0)
             if size > path.stat().st_size:
@@ -1312,15 +1331,15 @@ class RunLog:
         return [*filter(Path.exists, csv), *self.folder.glob("events.out.tfevents.*")]
 
     def state(self) -> dict:
-        """Wall time so far, last returns, W&B's run id, and the size of every file, all of which is on the disk."""
+        """Wall time so far, last returns, and the size of every file, all of which is on the disk."""
         self.flush()
         files = {}
         for path in self.files():
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
             files[path.name] = path.stat().st_size
-        returns, run_id = [self.last_return, self.last_evaluation], self.wandb and self.wandb.id
-        return {"seconds": time.time() - self.start, "returns": returns, "wandb": run_id, "files": files}
+        returns = [self.last_return, self.last_evaluation]
+        return {"seconds": time.time() - self.start, "returns": returns, "files": files}
 
     def append(self, name: str, row: list) -> None:
         with open(self.folder / name, "a") as file:
@@ -1359,8 +1378,7 @@ class RunLog:
 
     def close(self) -> None:
         self.bar.close()
-        with contextlib.suppress(OSError):  # a full disk has been found by `flush` already
-            self.writer.close()
+        self.writer.close()
         if self.wandb:
             self.wandb.finish()
 
@@ -1402,7 +1420,9 @@ def save_model(path: Path, agent: "TD3", args: Args) -> None:
     for name in ("actor", "qf1", "qf2"):
         state = {key: value.cpu() for key, value in getattr(agent, name).state_dict().items() if "master" not in key}
         model[name] = {key: value.int() if "index" in key else value for key, value in state.items()}
-    torch.save(model, path.with_suffix(".incomplete"))
+    content = io.BytesIO()
+    torch.save(model, content)
+    write_durably(path.with_suffix(".incomplete"), content.getbuffer())
     os.replace(path.with_suffix(".incomplete"), path)
 
 
@@ -1441,6 +1461,7 @@ def evaluate_model(args: Args) -> None:
     """Play the policy of a model file on its own environment, print the returns, and record videos if asked."""
     check_args(args)
     policy, model = load_actor(args.evaluate), read_model(args.evaluate)
+    check_import(model["args"]["env_id"], args)
     env = make_env(model["args"]["env_id"], args.capture_video)
     if env.observation_space.shape != (model["obs_dim"],):
         raise UsageError(f"{args.evaluate}: made for {model['obs_dim']} inputs, unlike {env.spec.id} as it is here")
@@ -1514,6 +1535,12 @@ class Checkpoints:
         self.replay: dict[tuple[int, int], str] = {}  # (start, stop) of each part on the disk: SHA-256
         self.kept: dict[str, set[Path]] = {}  # the last two checkpoints: their parts
 
+    def advice(self) -> str:
+        """What to tell at the end."""
+        if not self.kept:
+            return "; there is no checkpoint"
+        return f"; --resume {self.folder.parent} goes on from step {int(max(self.kept))}"
+
     def part(self, start: int, stop: int) -> Path:
         return self.folder / "replay" / f"{start:09d}-{stop:09d}.f32"
 
@@ -1545,15 +1572,16 @@ class Checkpoints:
             if start < stop:
                 self.part(start, stop).unlink(missing_ok=True)
             raise
-        sync_folder(self.folder)
-        sync_folder(self.folder.parent)
         self.replay = replay
         self.kept = dict([*self.kept.items(), (target.name, {self.part(*span) for span in replay})][-2:])
-        for path in self.folder.iterdir():
-            if path.name not in {*self.kept, "replay"}:
-                shutil.rmtree(path, ignore_errors=True)
-        for path in set((self.folder / "replay").iterdir()) - set().union(*self.kept.values()):
-            path.unlink()
+        with contextlib.suppress(OSError):  # of what is no longer needed something stays, at worst
+            sync_folder(self.folder)
+            sync_folder(self.folder.parent)
+            for path in self.folder.iterdir():
+                if re.fullmatch(r"\d{9,}", path.name) and path.name not in self.kept:
+                    shutil.rmtree(path)
+            for path in set((self.folder / "replay").glob("*-*.f32")) - set().union(*self.kept.values()):
+                path.unlink()
 
     def read(self) -> tuple[dict, dict[str, torch.Tensor]]:
         """State and tensors of the newest whole checkpoint. Raises UsageError."""
@@ -1561,6 +1589,8 @@ class Checkpoints:
             try:
                 return self._read(path)
             except Exception as error:  # damaged or hostile: json, safetensors and files each have errors of their own
+                if isinstance(error, MemoryError | OSError) and not isinstance(error, FileNotFoundError):
+                    raise UsageError(f"--resume {self.folder.parent}: {path} cannot be read: {error!r}") from error
                 print(f"note: checkpoint {path} is refused: {error}", file=sys.stderr)
         raise UsageError(f"--resume {self.folder.parent}: no whole checkpoint in it")
 
@@ -1601,10 +1631,15 @@ def saved_args(run_folder: str) -> Args:
     """The flags of a run. Raises UsageError."""
     path = Path(run_folder, "config.json")
     try:
-        config, saved = json.loads(path.read_text()), {}
+        if not path.is_file():
+            raise FileNotFoundError(path)
+        config, saved, hints = json.loads(path.read_text()), {}, get_type_hints(Args)
         for name, default in vars(Args()).items():
-            saved[name] = tuple(map(operator.index, config[name])) if name == "hidden_sizes" else config[name]
-            if type(saved[name]) is not type(default) and (default is not None or type(saved[name]) is not str):
+            value = tuple(map(operator.index, config[name])) if name == "hidden_sizes" else config[name]
+            saved[name] = float(value) if type(default) is float and type(value) is int else value
+            choices = get_args(hints[name]) if get_origin(hints[name]) is Literal else [saved[name]]
+            type_fits = type(saved[name]) is type(default) or (default is None and type(saved[name]) is str)
+            if not type_fits or saved[name] not in choices:
                 raise TypeError(f"{name} is {saved[name]!r}")
     except Exception as error:
         raise UsageError(f"--resume {run_folder}: not a run folder of this script: {path}: {error!r}") from error
@@ -1614,23 +1649,22 @@ def saved_args(run_folder: str) -> Args:
 def check_resumed(config: dict, saved: dict) -> None:
     """Raises UsageError for a flag that would change the result; says where the machine may."""
     for name, now in json.loads(json.dumps(config)).items():
-        if name not in HARMLESS and now != saved[name]:
-            difference = f"{name} is {now}, {saved[name]} in the run to resume"
+        if name not in HARMLESS and now != saved.get(name):
+            difference = f"{name} is {now}, {saved.get(name)} in the run to resume"
             if name in Args.__dataclass_fields__:
                 raise UsageError(f"--resume: {difference}, whose result it would change; drop it, or start a new run")
             print(f"note: {difference}; the last bits of the results may differ", file=sys.stderr)
 
 
-def get_random_states() -> dict:
+def get_random_states(device: torch.device) -> dict:
     """Of Python, NumPy and PyTorch, as JSON knows them."""
-    numpy_state, cuda = np.random.get_state(legacy=False), torch.cuda.is_available()
+    numpy_state = np.random.get_state(legacy=False)
     numpy_state["state"]["key"] = numpy_state["state"]["key"].tolist()
-    cuda_states = [state.tolist() for state in torch.cuda.get_rng_state_all()] if cuda else []
-    torch_state = torch.get_rng_state().tolist()
-    return {"python": random.getstate(), "numpy": numpy_state, "torch": torch_state, "cuda": cuda_states}
+    states = {"python": random.getstate(), "numpy": numpy_state, "torch": torch.get_rng_state().tolist()}
+    return states | {"cuda": torch.cuda.get_rng_state(device).tolist() if device.type == "cuda" else None}
 
 
-def set_random_states(states: dict) -> None:
+def set_random_states(states: dict, device: torch.device) -> None:
     """Raises one of several errors if they are none."""
     version, numbers, gauss = states["python"]
     random.setstate((version, tuple(numbers), gauss))
@@ -1638,21 +1672,26 @@ def set_random_states(states: dict) -> None:
     if not 0 <= mt19937["pos"] <= 624:  # NumPy takes it as it is
         raise ValueError("random state of NumPy")
     np.random.set_state({**states["numpy"], "state": {**mt19937, "key": np.array(mt19937["key"], np.uint32)}})
-    torch.set_rng_state(torch.tensor(states["torch"], dtype=torch.uint8))
-    if states["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([torch.tensor(state, dtype=torch.uint8) for state in states["cuda"]])
+    torch_state = torch.tensor(states["torch"], dtype=torch.uint8)
+    left, position = (int.from_bytes(bytes(states["torch"][i : i + 4]), "little") for i in (8, 16))
+    if (left, position) != (1, 0) and left + position != 625:  # as PyTorch's generator keeps them; it takes any
+        raise ValueError("random state of PyTorch")
+    torch.set_rng_state(torch_state)
+    if states["cuda"] and device.type == "cuda":
+        torch.cuda.set_rng_state(torch.tensor(states["cuda"], dtype=torch.uint8), device)
 
 
 def env_attributes(env: gym.Env) -> dict[str, tuple[gym.Env, str, Any]]:
     """Attributes of an environment and of its wrappers that may change: path to (owner, name, value)."""
-    layers, constant = [env], {"env", "spec", "_cached_spec", "mujoco_renderer", "func"}
-    constant |= {"_saved_kwargs", "_ezpickle_args", "_ezpickle_kwargs"}
+    layers, constant = [env], {"spec", "render_mode", "mujoco_renderer", "_ezpickle_args", "_ezpickle_kwargs"}
     while isinstance(layers[-1], gym.Wrapper):
         layers.append(layers[-1].env)
     layers = [x for x in layers if not isinstance(x, gym.wrappers.PassiveEnvChecker | gym.wrappers.RecordVideo)]
-    named = [(i, layer, name, value) for i, layer in enumerate(layers) for name, value in vars(layer).items()]
-    attributes = {f"{i}.{name}": (layer, name, value) for i, layer, name, value in named if name not in constant}
-    return attributes | {"action_space": (env, "action_space", env.action_space)}  # of the class, perhaps
+    attributes = {"action_space": (env, "action_space", env.action_space)}  # of the class, perhaps
+    for i, layer in enumerate(layers):
+        skipped = constant | {"env", "func", "_cached_spec", "_saved_kwargs"} if layer is not layers[-1] else constant
+        attributes |= {f"{i}.{name}": (layer, name, x) for name, x in vars(layer).items() if name not in skipped}
+    return attributes
 
 
 def mujoco_arrays(model: mujoco.MjModel) -> list[str]:
@@ -1663,32 +1702,46 @@ def mujoco_arrays(model: mujoco.MjModel) -> list[str]:
 
 
 def encode(value: Any) -> Any:
-    """A value of an environment's attribute for JSON, to the bit. Raises TypeError if there is no such form."""
-    if isinstance(value, gym.Space):
-        value = value.np_random
-    if isinstance(value, np.random.Generator):
-        value = {"generator": value.bit_generator.state}
-    elif isinstance(value, mujoco.MjModel):
+    """A value of an environment's attribute for JSON, to the bit and with its type. Raises TypeError if it has none."""
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if type(value) in (list, tuple):
+        return {type(value).__name__: [encode(item) for item in value]}
+    if type(value) is dict:
+        return {"dict": [[encode(key), encode(item)] for key, item in value.items()]}
+    if (type(value) is np.ndarray or isinstance(value, np.generic)) and value.dtype.kind in "biuf":
+        array = {"array": value.ravel().tolist(), "dtype": value.dtype.str, "shape": list(value.shape)}
+        return array | {"scalar": isinstance(value, np.generic)}
+    if isinstance(value, gym.Space | np.random.Generator):
+        generator = value.np_random if isinstance(value, gym.Space) else value
+        return {"generator": json.loads(json.dumps(generator.bit_generator.state))}
+    if isinstance(value, mujoco.MjModel):
         content = np.empty(mujoco.mj_sizeModel(value), np.uint8)
         mujoco.mj_saveModel(value, None, content)
-        value = {"model": hashlib.sha256(content).hexdigest()}
-    elif isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "biuf":
-        value = {"dtype": value.dtype.str, "shape": value.shape, "data": value.ravel().tolist()}
-    return json.loads(json.dumps(value))
+        return {"model": hashlib.sha256(content).hexdigest()}
+    raise TypeError(f"{type(value).__name__} has no form in JSON")
 
 
-def decode(saved: dict) -> np.ndarray:
-    """The array of an `encode`. Raises one of several errors if it was none."""
-    if np.dtype(saved["dtype"]).kind not in "biuf":
-        raise ValueError(f"{saved['dtype']} is no type of a number")
-    return np.array(saved["data"], saved["dtype"]).reshape(saved["shape"])
+def decode(saved: Any) -> Any:
+    """The value of an `encode`, if it is made of numbers, strings and arrays. Raises one of several errors if not."""
+    if not isinstance(saved, dict):
+        return saved
+    kind, content = next(iter(saved.items()))
+    if kind in ("list", "tuple"):
+        return {"list": list, "tuple": tuple}[kind](decode(item) for item in content)
+    if kind == "dict":
+        return {decode(key): decode(item) for key, item in content}
+    if kind != "array" or np.dtype(saved["dtype"]).kind not in "biuf":
+        raise ValueError(f"a {kind} cannot be made anew")
+    array = np.array(content, saved["dtype"]).reshape(saved["shape"])
+    return array[()] if saved["scalar"] else array
 
 
 def get_env_state(env: gym.Env, obs: np.ndarray) -> dict:
     """All that an environment and its wrappers hold, for JSON, or the reason why there is no such form."""
-    state = {}
-    for path, (owner, name, value) in env_attributes(env).items():
-        try:
+    state, path = {}, "state"
+    try:
+        for path, (owner, _, value) in env_attributes(env).items():
             if isinstance(value, mujoco.MjData):
                 physics = np.empty(mujoco.mj_stateSize(owner.model, mujoco.mjtState.mjSTATE_INTEGRATION))
                 mujoco.mj_getState(owner.model, value, physics, mujoco.mjtState.mjSTATE_INTEGRATION)
@@ -1696,9 +1749,9 @@ def get_env_state(env: gym.Env, obs: np.ndarray) -> dict:
                 state[path] = {"physics": encode(physics), "arrays": arrays}
             else:
                 state[path] = encode(value)
-        except TypeError:
-            return {"reason": f"its attribute {name} is a {type(value).__name__}"}
-    return {"obs": encode(obs), "attributes": state}
+        return {"obs": encode(np.asarray(obs)), "attributes": state}
+    except Exception as error:  # an environment may hold anything
+        return {"reason": f"its {path.split('.')[-1]}: {error}"}
 
 
 def set_env_state(env: gym.Env, state: dict) -> np.ndarray:
@@ -1719,17 +1772,13 @@ def set_env_state(env: gym.Env, state: dict) -> np.ndarray:
             mujoco.mj_setState(owner.model, value, decode(saved["physics"]), mujoco.mjtState.mjSTATE_INTEGRATION)
         elif encode(value) == saved:
             continue  # most are constants
-        elif isinstance(value, mujoco.MjModel):
-            raise ValueError("its physics has another model")
         elif isinstance(value, gym.Space | np.random.Generator):
             generator = value.np_random if isinstance(value, gym.Space) else value
             generator.bit_generator.state = saved["generator"]
-        elif not isinstance(saved, dict) or "dtype" not in saved:
-            setattr(owner, name, tuple(saved) if isinstance(value, tuple) else saved)
-        elif isinstance(value, np.ndarray) and not value.flags.owndata:  # a view of something
-            value[...] = decode(saved)
+        elif isinstance(value, np.ndarray) and value.base is not None:
+            raise ValueError(f"its {name} is a part of another array")
         else:
-            setattr(owner, name, decode(saved) if isinstance(value, np.ndarray) else decode(saved)[()])
+            setattr(owner, name, decode(saved))
     obs = decode(state["obs"])
     if obs.shape != env.observation_space.shape:
         raise ValueError(f"its observation has the shape {obs.shape}")
@@ -1743,7 +1792,9 @@ def resume(
     state, tensors = checkpoints.read()
     try:
         check_resumed(config, state["config"])
-        if not 0 <= state["step"] <= config["total_timesteps"]:
+        if type(state["step"]) is not int or type(state["evaluation_due"]) is not bool or state["step"] < 1:
+            raise ValueError(f"step {state['step']}")
+        if state["step"] > config["total_timesteps"]:
             raise UsageError(f"--total-timesteps is {config['total_timesteps']}; the run is at {state['step']} already")
         agent.load_state_dict(tensors)
         checkpoints.read_replay(buffer)
@@ -1754,11 +1805,13 @@ def resume(
             env.action_space.seed(config["seed"] + state["step"])
             obs, _ = env.reset(seed=config["seed"] + state["step"])
             state["episode"] = [0.0, 0]
-        set_random_states(state["random"])
+        set_random_states(state["random"], torch.device(config["device"]))
         state["episode"] = [float(state["episode"][0]), int(state["episode"][1])]
         state["actor_loss"], log = float(state["actor_loss"]), state["log"]
-        log["seconds"], log["returns"] = float(log["seconds"]), [float(value) for value in log["returns"]]
+        log["returns"] = [float(log["returns"][0]), float(log["returns"][1])]
         log["files"] = {name: int(size) for name, size in log["files"].items()}
+        if not (math.isfinite(log["seconds"]) and buffer.size):
+            raise ValueError("wall time or replay buffer")
     except (UsageError, EnvironmentFault):
         raise
     except Exception as error:  # each part of what was read has errors of its own
@@ -1966,29 +2019,37 @@ def train(args: Args) -> tuple[TD3, ReplayBuffer, Path]:
 
     def checkpoint(env_state: dict) -> None:
         state = {"config": config, "step": global_step, "episode": [episodic_return, episodic_length], "env": env_state}
-        state |= {"actor_loss": float(actor_loss), "evaluation_due": evaluation_due, "random": get_random_states()}
+        state |= {
+            "actor_loss": float(actor_loss),
+            "evaluation_due": evaluation_due,
+            "random": get_random_states(device),
+        }
         state["log"] = log.state()
+        if f"{global_step:09d}" in checkpoints.kept or not buffer.size:
+            return  # there is one already, or nothing to go on from
         try:
             checkpoints.write(global_step, state, agent, buffer)
         except OSError as error:
             print(f"warning: no checkpoint at step {global_step}, the one before is kept: {error}", file=sys.stderr)
 
     try:
-        if args.capture_video:
-            prefix = "rl-video" if not args.resume else f"rl-video-resumed-{int(time.time())}"
-            env = gym.wrappers.RecordVideo(env, str(folder / "videos"), name_prefix=prefix)
-        obs, _ = env.reset(seed=args.seed)
         if args.resume:
+            env.reset(seed=args.seed)
             state, obs = resume(checkpoints, config, agent, buffer, env)
             global_step, (episodic_return, episodic_length) = state["step"], state["episode"]
             actor_loss, evaluation_due = state["actor_loss"], state["evaluation_due"]
+        if args.capture_video:  # of a resumed run from its next episode on, beside those before
+            prefix = f"rl-video-resumed-{global_step}" if args.resume else "rl-video"
+            env = gym.wrappers.RecordVideo(env, str(folder / "videos"), name_prefix=prefix)
+        if not args.resume:
+            obs, _ = env.reset(seed=args.seed)
         log, signals = RunLog(folder, config, state.get("log")), StopSignals()
         resumed = f", resumed at step {global_step}" if args.resume else ""
         print(f"{args.env_id} on {device}, {torch.get_num_threads()} threads, run folder {folder}{resumed}", flush=True)
         layers, masks_folder = agent.nm_layers, folder / "masks"
         mask_bits = packed_masks(layers)
         if args.resume:
-            for path in masks_folder.glob("[0-9]*.npz"):
+            for path in masks_folder.glob("[0-9]" * 9 + ".npz"):
                 if int(path.stem) > max(0, global_step - max(args.learning_starts, 1)):
                     path.unlink()  # later than the checkpoint: it will be written again
         else:
@@ -2013,6 +2074,7 @@ def train(args: Args) -> tuple[TD3, ReplayBuffer, Path]:
             last = global_step == args.total_timesteps
             evaluating = args.eval_interval > 0 and (global_step % args.eval_interval == 0 or last)
             update = global_step - max(args.learning_starts, 1)  # critic updates, with the one that comes now
+            evaluation_due = evaluating
             if update >= 1:
                 batch = buffer.sample(args.batch_size, device)
                 lap("sampling")
@@ -2051,7 +2113,6 @@ def train(args: Args) -> tuple[TD3, ReplayBuffer, Path]:
                 check_finite(losses | {"action": agent.actor.act(obs)}, global_step, agent)
                 log.scalars(losses, global_step)
                 lap("logging")
-            evaluation_due = evaluating
             if evaluating:
                 evaluation_due = not evaluation()
                 lap("evaluation")
@@ -2069,25 +2130,26 @@ def train(args: Args) -> tuple[TD3, ReplayBuffer, Path]:
             print(profile)
     except EnvironmentFault as error:
         if log and args.checkpoint_interval:
-            episodic_return, episodic_length = 0.0, 0
-            checkpoint({"reason": str(error)})
-        advice = f"--resume {folder} goes on with a new episode" if checkpoints.kept else "there is no checkpoint"
-        raise EnvironmentFault(f"step {global_step}: {error}; {advice}") from error
+            exact = error.env is eval_env
+            episodic_return, episodic_length = (episodic_return, episodic_length) if exact else (0.0, 0)
+            checkpoint(get_env_state(env, obs) if exact else {"reason": str(error)})
+        raise EnvironmentFault(f"step {global_step}: {error}{checkpoints.advice()}", error.env) from error
     except OSError as error:
-        advice = f"--resume {folder} goes on from the last checkpoint" if checkpoints.kept else "there is no checkpoint"
-        raise OSError(f"step {global_step}: {error}; {advice}") from error
+        raise OSError(f"step {global_step}: {error}{checkpoints.advice()}") from error
     finally:
-        try:
-            if args.save_model and log:  # first, since closing may take long or fail
-                save_model(folder / "model.pt", agent, args)
-        finally:
-            pool.shutdown()  # before the environment that steps in it
-            for resource in (log, env, eval_env, signals) if log else (env, eval_env):
-                resource.close()
-            lock.release()
+        closing = [pool.shutdown, env.close, eval_env.close, lock.release]  # the pool before the environment in it
+        if log:
+            closing = [log.close, signals.close, *closing]
+            if args.save_model and not isinstance(sys.exception(), FloatingPointError):
+                closing = [lambda: save_model(folder / "model.pt", agent, args), *closing]
+        for close in closing:
+            try:
+                close()
+            except Exception as error:  # a full disk, a simulator that is dead: the rest is closed all the same
+                print(f"warning: at the end: {error!r}", file=sys.stderr)
     if signals.received:
-        advice = f"; --resume {folder} goes on" if args.checkpoint_interval else ""
-        print(f"\ninterrupted at step {global_step}; everything so far is in {folder}{advice}", file=sys.stderr)
+        logs = f"everything so far is in {folder}"
+        print(f"\ninterrupted at step {global_step}; {logs}{checkpoints.advice()}", file=sys.stderr)
         raise KeyboardInterrupt if signals.received == signal.SIGINT else SystemExit(128 + signals.received)
     return agent, buffer, folder
 
@@ -2115,7 +2177,9 @@ def main() -> int:
     threading.excepthook = thread_excepthook
     try:
         if args.resume:  # its flags are the defaults
-            args = tyro.cli(Args, description=__doc__, default=saved_args(args.resume))
+            saved = saved_args(args.resume)
+            check_import(saved.env_id, args)
+            args = tyro.cli(Args, description=__doc__, default=saved)
         train(args) if args.evaluate is None else evaluate_model(args)
     except (UsageError, EnvironmentFault, FloatingPointError, OSError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)  # one line, whatever a library had to say

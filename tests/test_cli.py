@@ -140,7 +140,7 @@ def test_interrupt_keeps_everything(script):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "Traceback" not in err and f"everything so far is in {folder}" in err.splitlines()[-1]
+    assert "Traceback" not in err and f"everything so far is in {folder}; --resume {folder} g" in err.splitlines()[-1]
     module = rnm if script.startswith("rnm") else td3
     assert module.load_actor(folder / "model.pt")([0.0, 0.0, 0.0, 0.0]).shape == (1,)
     assert (folder / "episodes.csv").read_text().endswith("\n")
@@ -158,10 +158,22 @@ def test_weights_and_biases_offline():
 
 
 def test_weights_and_biases_that_cannot_start():
-    process = run(
-        ["td3_continuous.py", "--env-id", "InvertedPendulum-v5", "--track"], variables={"WANDB_MODE": "bogus"}
-    )
-    _, err = process.communicate(timeout=200)
-    assert process.returncode == 2
-    assert err.splitlines()[-1].startswith("error: --track: ") and "set WANDB_MODE=offline" in err
-    assert "Traceback" not in err
+    flags = [
+        "td3_continuous.py",
+        "--env-id",
+        "InvertedPendulum-v5",
+        "--total-timesteps",
+        "50",
+        "--learning-starts",
+        "50",
+    ]
+    run(flags).communicate(timeout=200)
+    (folder,) = Path("runs").iterdir()
+    config = (folder / "config.json").read_text()
+    for arguments in ([*flags, "--track"], ["td3_continuous.py", "--resume", str(folder), "--track"]):
+        process = run(arguments, variables={"WANDB_MODE": "bogus"})
+        _, err = process.communicate(timeout=200)
+        assert process.returncode == 2
+        assert err.splitlines()[-1].startswith("error: --track: ") and "set WANDB_MODE=offline" in err
+        assert "Traceback" not in err
+    assert list(Path("runs").iterdir()) == [folder] and (folder / "config.json").read_text() == config

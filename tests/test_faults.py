@@ -79,7 +79,7 @@ def test_signals_end_a_run_within_5_seconds_even_while_it_evaluates(script, numb
     _, err = process.communicate(timeout=60)
     assert process.returncode == code and time.time() - started < 5
     assert err.splitlines()[-1] == (
-        f"interrupted at step 40; everything so far is in {folder}; --resume {folder} goes on"
+        f"interrupted at step 40; everything so far is in {folder}; --resume {folder} goes on from step 40"
     )
     assert [path.name for path in (folder / "checkpoints").glob("[0-9]*")] == ["000000040"]
 
@@ -185,6 +185,33 @@ def test_a_checkpoint_that_is_cut_off_anywhere_leaves_the_one_before(script, err
     assert survived >= 10 and count < 39
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_all_is_on_the_disk_before_a_checkpoint_gets_its_name(script, monkeypatch):
+    """Against loss of power, which a killed process does not show."""
+    events, fsync, rename = [], os.fsync, os.rename
+
+    def record_fsync(descriptor):
+        events.append(("sync", os.path.realpath(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    def record_rename(source, target):
+        events.append(("rename", os.path.realpath(source)))
+        inside = [path for path in Path(source).resolve().rglob("*")]
+        replay = [path for path in Path(source).resolve().parent.glob("replay/*") if path.name.startswith("000000030")]
+        assert len(inside) == 3 and len(replay) == (Path(target).name == "000000040")
+        for path in [*inside, *replay, Path(source).resolve(), Path(source).resolve().parent / "replay"]:
+            assert ("sync", str(path)) in events, path
+        for name in ("episodes.csv", "evaluations.csv"):
+            assert ("sync", str(Path(source).resolve().parents[1] / name)) in events
+        rename(source, target)
+        events.clear()
+
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(os, "rename", record_rename)
+    _, _, folder = script.train(script.Args(**{**TINY, "total_timesteps": 40}))
+    assert ("sync", str((folder / "checkpoints").resolve())) in events  # and then the name
+
+
 def kill_and_resume(script, settings, kills, least_seconds):
     """Kill -9 at random moments, and resume, until it survives; returns run folder and how many fell into a write."""
     generator, folder, in_a_write = random.Random(0), None, 0
@@ -276,7 +303,7 @@ def test_a_full_disk_stops_a_run_with_a_line_and_it_can_go_on(file, size, change
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1 and "Traceback" not in err, err
     assert err.splitlines()[-1].startswith("error: step ") and "File too large" in err.splitlines()[-1]
-    assert f"; --resume {folder} goes on from the last checkpoint" in err.splitlines()[-1]
+    assert f"; --resume {folder} goes on from step " in err.splitlines()[-1]
     process = start(rnm, "--resume", folder)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
@@ -414,7 +441,8 @@ def test_a_foreign_checkpoint_is_refused(finished, capsys):
 
 
 @pytest.mark.parametrize(
-    "lie", [{"gamma": "x"}, {"hidden_sizes": ["a"]}, {"hidden_sizes": 3}, {"resume": 1}, {"total_timesteps": None}, []]
+    "lie",
+    [{"gamma": "x"}, {"hidden_sizes": ["a"]}, {"hidden_sizes": 3}, {"resume": 1}, {"seed": None}, [], {"seed": 1.0}],
 )
 @pytest.mark.parametrize("finished", SCRIPTS, indirect=True)
 def test_lies_in_the_configuration_end_in_one_line(finished, lie, monkeypatch, capsys):
@@ -456,6 +484,12 @@ def forge(folder, changes=None, alone=True, **files):
 LIES = {
     "step": "1",
     "step ": -3,
+    "step  ": 40.0,
+    "added ": 0,
+    "evaluation_due": 3,
+    "random/torch  ": [0] * 8 + [88, 2, 0, 0] + [1, 0, 0, 0] + [108, 2] + [0] * 5038,
+    "log/returns": [0.0],
+    "log/seconds ": float("nan"),
     "added": 10**18,
     "episode": ["a", "b"],
     "actor_loss": {},
@@ -479,6 +513,9 @@ def test_lies_in_the_state_end_in_one_line(script, keys, monkeypatch, capsys):
     forge(folder, {keys.strip(): LIES[keys]})
     Path("state").write_text("not of the run")
     code, errors = main(script, monkeypatch, capsys, "--resume", folder)
+    if keys == "added ":  # and no part of the buffer
+        sums = folder / "checkpoints" / "000000060" / "SHA256SUMS"
+        sums.write_text("".join(line for line in sums.read_text().splitlines(True) if "replay" not in line))
     if keys == "log":
         assert code == 0 and Path("state").read_text() == "not of the run"
     else:
@@ -486,12 +523,13 @@ def test_lies_in_the_state_end_in_one_line(script, keys, monkeypatch, capsys):
 
 
 ENV_LIES = {
-    "obs/data": [1.0],
+    "obs/array": [1.0],
     "obs/shape": [10**9],
     "obs/dtype": "O",
     "attributes": {},
     "attributes/action_space": {"generator": {"bit_generator": "Hostile"}},
-    "attributes/1._elapsed_steps": {"dtype": "S1000000000000", "data": [1], "shape": [1]},
+    "attributes/1._elapsed_steps": {"array": [1], "dtype": "S1000000000000", "shape": [1], "scalar": False},
+    "attributes/2._has_reset": {"generator": {}},
 }
 
 
@@ -552,6 +590,58 @@ def test_tensors_that_do_not_fit_are_refused_before_a_kernel_sees_them(name, cha
     assert code == 2 and len(errors) == 1 and "damaged checkpoint" in errors[0], errors
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_code_that_a_file_names_is_not_imported(script, monkeypatch, capsys):
+    Path("payload.py").write_text("open('touched', 'w')")
+    sys.modules.pop("payload", None)
+    monkeypatch.syspath_prepend(".")
+    _, _, folder = script.train(script.Args(**TINY, save_model=True))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "env_id": "payload:Scripted-v0"}))
+    model = torch.load(folder / "model.pt", weights_only=True)
+    torch.save({**model, "args": {**model["args"], "env_id": "payload:Scripted-v0"}}, "model.pt")
+    for flag, path in (("--resume", folder), ("--evaluate", "model.pt")):
+        code, errors = main(script, monkeypatch, capsys, flag, path)
+        assert code == 2 and errors == [
+            "error: the environment 'payload:Scripted-v0' imports code; if you trust it, "
+            "add --env-id payload:Scripted-v0"
+        ]
+        assert not Path("touched").exists()
+    main(script, monkeypatch, capsys, "--evaluate", "model.pt", "--env-id", "payload:Scripted-v0")
+    assert Path("touched").exists()
+
+
+@pytest.mark.parametrize("finished", SCRIPTS, indirect=True)
+@pytest.mark.parametrize("name", ["episodes.csv", "checkpoints/replay", "masks", "pipe"])
+def test_links_out_of_a_run_folder_are_not_followed(finished, name, monkeypatch, capsys):
+    script, folder, _ = finished
+    Path("outside").mkdir()
+    Path("outside/thesis.txt").write_text("my life")
+    if name == "pipe":
+        os.mkfifo(folder / name)
+    else:
+        shutil.rmtree(folder / name, ignore_errors=True)
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to(Path("outside/thesis.txt" if "csv" in name else "outside").resolve())
+    code, errors = main(script, monkeypatch, capsys, "--resume", folder, "--total-timesteps", "70")
+    assert code == 2 and errors == [
+        f"error: --resume {folder}: {folder}/{name} is neither a file nor a folder; move it elsewhere"
+    ]
+    assert Path("outside/thesis.txt").read_text() == "my life"
+
+
+def test_what_the_user_keeps_beside_the_checkpoints_stays(monkeypatch, capsys):
+    _, _, folder = rnm.train(rnm.Args(**TINY))
+    shutil.copytree(folder / "checkpoints" / "000000050", folder / "checkpoints" / "best")
+    shutil.copy(folder / "masks" / "000000000.npz", folder / "masks" / "000000000 (copy).npz")
+    (folder / "notes.csv").write_text("mine")
+    (folder / "checkpoints" / "replay" / "notes").write_text("mine")
+    assert main(rnm, monkeypatch, capsys, "--resume", folder, "--total-timesteps", "90") == (0, [])
+    for name in ("checkpoints/best/state.json", "masks/000000000 (copy).npz", "notes.csv", "checkpoints/replay/notes"):
+        assert (folder / name).exists()
+    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"000000080", "000000090", "best", "replay"}
+
+
 def test_nothing_of_the_environment_variables_reaches_the_files():
     key = "0123456789abcdef" * 2 + "deadbeef"
     variables = {**os.environ, "WANDB_API_KEY": key, "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1", "SECRET": key}
@@ -593,28 +683,63 @@ def test_a_failing_environment_ends_in_one_line_and_nothing_learned_is_lost(
 ):
     settings = {**TINY, "env_id": "Faulty-v0", "exp_name": fault, "checkpoint_interval": 1000}
     flags = [*flags_of(settings), *["--overlap"] * overlap]
-    Faulty.fault = f"{fault} at 35"
+    monkeypatch.setattr(Faulty, "fault", f"{fault} at 35")
     code, errors = main(script, monkeypatch, capsys, *flags)
     (folder,) = Path("runs").iterdir()
     assert code == 1 and len(errors) == 1 and message in errors[0], errors
-    assert errors[0].startswith("error: step 3") and f"--resume {folder} goes on with a new episode" in errors[0]
+    assert errors[0].startswith("error: step 3") and f"; --resume {folder} goes on from step 3" in errors[0]
     state, _ = script.Checkpoints(folder).read()
     assert state["step"] in (35, 36) and state["added"] in (34, 35, 36)
-    Faulty.fault = "none"
+    monkeypatch.setattr(Faulty, "fault", "none")
     _, buffer, _ = script.train(script.Args(**settings, resume=str(folder)))
     assert "on with a new episode" in capsys.readouterr().err and buffer.added == state["added"] + 60 - state["step"]
     assert torch.isfinite(buffer.rows[: buffer.size]).all()
 
 
-def test_a_failing_environment_of_the_evaluation(monkeypatch, capsys):
-    Faulty.fault = "raises at 15"  # the evaluation has an environment of its own, which counts for itself
-    settings = {**TINY, "env_id": "Faulty-v0", "total_timesteps": 14, "learning_starts": 3, "eval_interval": 14}
-    code, errors = main(rnm, monkeypatch, capsys, *flags_of(settings))
-    assert code == 1 and len(errors) == 1 and "the environment failed in step: ZeroDivisionError" in errors[0]
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_failing_environment_of_the_evaluation_costs_nothing(script, monkeypatch, capsys):
+    settings = {**TINY, "eval_interval": 25, "eval_episodes": 1}
+    whole = contents(*script.train(script.Args(**settings, exp_name="whole")))
+    step = script.CheckedEnv.step
+
+    def fail(self, action):
+        if sys._getframe(1).f_code.co_name == "evaluate":
+            raise script.EnvironmentFault("the environment failed in step: gone", self)
+        return step(self, action)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script.CheckedEnv, "step", fail)
+        code, errors = main(script, monkeypatch, capsys, *flags_of({**settings, "exp_name": "parts"}))
+        (folder,) = Path("runs").glob("*__parts__*")
+        assert code == 1 and len(errors) == 1 and errors[0].startswith("error: step 25: the environment failed in step")
+        assert errors[0].endswith(f"; --resume {folder} goes on from step 25")
+        assert main(script, monkeypatch, capsys, "--resume", folder)[0] == 1  # as it is made up for
+    parts = contents(*script.train(script.Args(**settings, exp_name="parts", resume=str(folder))))
+    assert "new episode" not in capsys.readouterr().err
+    assert_equal(whole, parts)
+
+
+def test_an_environment_that_fails_in_its_first_step(monkeypatch, capsys):
+    monkeypatch.setattr(Faulty, "fault", "raises at 1")
+    flags = flags_of({**TINY, "env_id": "Faulty-v0", "learning_starts": 0})
+    code, errors = main(rnm, monkeypatch, capsys, *flags)
+    assert code == 1 and len(errors) == 1 and errors[0].endswith("; there is no checkpoint")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_what_fails_at_the_end_is_a_warning_and_the_rest_is_closed(script, monkeypatch, capsys):
+    monkeypatch.setattr(Faulty, "fault", "raises at 35")
+    monkeypatch.setattr(Faulty, "close", lambda self: 1 / 0)
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(script, "save_model", lambda *_: (_ for _ in ()).throw(full))
+    code, errors = main(script, monkeypatch, capsys, *flags_of({**TINY, "env_id": "Faulty-v0"}), "--save-model")
+    assert (
+        code == 1 and "ZeroDivisionError" in errors[-1] and errors[-1].startswith("error: step 35: the environment fai")
+    )
+    assert errors[0] == "warning: at the end: OSError(28, 'No space left on device')"
+    assert errors[1:3] == ["warning: at the end: ZeroDivisionError('division by zero')"] * 2
     (folder,) = Path("runs").iterdir()
-    Faulty.fault = "none"
-    code, errors = main(rnm, monkeypatch, capsys, "--resume", folder)
-    assert code == 0 and len((folder / "evaluations.csv").read_text().splitlines()) == 2  # it was made up for
+    script.FileLock(folder / "lock", timeout=0).acquire()  # it was released
 
 
 # ---------------------------------------------------------------- flags
@@ -648,7 +773,7 @@ FLAGS |= {name: [""] for name in [*SWITCHES, "--no-torch-deterministic", "--capt
 
 @pytest.mark.slow
 def test_any_flags_end_in_a_run_or_in_one_line(monkeypatch, capsys):
-    Faulty.fault = "raises at 25"
+    monkeypatch.setattr(Faulty, "fault", "raises at 25")
     outcomes = {0: 0, 1: 0, 2: 0}
 
     @settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))

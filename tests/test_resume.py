@@ -106,12 +106,17 @@ def test_stopped_and_resumed_is_uninterrupted_to_the_bit(script, case, steps, mo
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_videos_of_a_resumed_run_stand_beside_those_before(script):
-    settings = {**SMALL, "env_id": "Rendered-v0", "capture_video": True}
-    _, _, folder = script.train(script.Args(**settings))
-    before = {path: path.read_bytes() for path in (folder / "videos").glob("*.mp4")}
-    script.train(script.Args(**{**settings, "total_timesteps": 90}, resume=str(folder)))
-    after = {path: path.read_bytes() for path in (folder / "videos").glob("*.mp4")}
-    assert len(after) > len(before) > 0 and before.items() <= after.items()
+    settings = {**SMALL, "env_id": "Rendered-v0"}
+    plain = script.train(script.Args(**{**settings, "total_timesteps": 90}, exp_name="plain"))
+    agent, buffer, folder = script.train(script.Args(**settings))
+    videos = []
+    for total in (70, 80, 90):  # a flag that may be switched on, and off
+        filmed = {"capture_video": total != 80, "total_timesteps": total}
+        agent, buffer, _ = script.train(script.Args(**settings | filmed, resume=str(folder)))
+        videos.append({path: path.read_bytes() for path in (folder / "videos").glob("*.mp4")})
+    assert len(videos[2]) > len(videos[1]) == len(videos[0]) > 0 and videos[0].items() <= videos[2].items()
+    assert torch.equal(buffer.rows[:90], plain[1].rows[:90])
+    assert all(torch.equal(value, agent.state_dict()[key]) for key, value in plain[0].state_dict().items())
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -163,6 +168,7 @@ def test_flags_that_change_the_result_are_refused(script, monkeypatch, capsys):
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     bad = {"--gamma 0.9": "gamma is 0.9, 0.99 in", "--seed 2": "seed is 2, 1 in", "--tau 0.1": "tau is 0.1, 0.005 in"}
     bad |= {"--hidden-sizes 8 8": "hidden_sizes is [8, 8], [256, 256] in", "--exp-name x": "exp_name is x, "}
+    bad |= {"--eval-interval 5": "eval_interval is 5, 0 in"}
     bad |= {"--batch-size 9": "batch_size is 9, 8 in", "--env-id ScriptedMatrix-v0": "env_id is ScriptedMatrix-v0, "}
     bad |= {"--n 1": "n is 1, 2 in", "--no-save-masks": "save_masks is False, True in"} if script is rnm else {}
     for flags, message in bad.items():
@@ -171,7 +177,7 @@ def test_flags_that_change_the_result_are_refused(script, monkeypatch, capsys):
         error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
         assert len(error) == 1 and f"--resume: {message}" in error[0], error
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
-    flags = "--total-timesteps 70 --eval-interval 5 --profile --save-model --checkpoint-interval 3 --overlap"
+    flags = "--total-timesteps 70 --profile --save-model --checkpoint-interval 3 --overlap"
     monkeypatch.setattr(script.sys, "argv", ["script", "--resume", str(folder), *flags.split()])
     assert script.main() == 0
     assert "step 70/70" in capsys.readouterr().out and (folder / "model.pt").exists()
@@ -201,7 +207,7 @@ def test_an_environment_without_a_state_resumes_with_a_new_episode_and_says_so(s
     (folder,) = Path("runs").iterdir()
     capsys.readouterr()
     _, buffer, _ = script.train(script.Args(**SMALL, resume=str(folder)))
-    message = "the environment cannot be brought back (its attribute secret is a lock): on with a new episode"
+    message = "the environment cannot be brought back (its secret: lock has no form in JSON): on with a new episode"
     assert message in capsys.readouterr().err
     rows = buffer.rows[:60].numpy()
     assert (rows[:60, :2] + [0, 1] == rows[:60, 5:7]).all()  # no transition crosses a reset
@@ -210,6 +216,76 @@ def test_an_environment_without_a_state_resumes_with_a_new_episode_and_says_so(s
     after = next(row for row in episodes if int(row["step"]) > 31)
     assert (after["step"], after["return"], after["length"]) == ("35", "50.0", "4")  # the whole of episode 1
     assert not np.array_equal(rows[0, 2:5], rows[31, 2:5])
+
+
+class Nested(Scripted):
+    """State in containers, whose types JSON alone does not keep, and in a table that all environments share."""
+
+    TABLE = np.arange(6.0).reshape(3, 2)
+
+    def __init__(self, view=False, **names):
+        super().__init__()
+        self.view, self.env, self.counts, self.last, self.path = view, None, {1: 0, (1, 2): 0.5}, None, []
+
+    def step(self, action):
+        obs, reward, *rest = super().step(action)
+        self.env = [self.count, self.env[0] if self.env else 0]  # a name that wrappers have, too
+        self.counts[1] += 1
+        self.last = (self.episode, [np.float32(reward), np.array([self.count])])
+        self.path.append((self.count, self.counts[1]))
+        if self.view:
+            self.goal = self.TABLE[self.count % 3]
+        found = [type(x) for x in (*self.counts, self.last, self.last[1], *self.last[1], self.path[0])]
+        assert found == [int, tuple, tuple, list, np.float32, np.ndarray, tuple]
+        return obs, self.counts[1] + self.env[0] + len(self.path) + self.last[1][0], *rest
+
+    def reset(self, **options):
+        if self.view:
+            self.goal = self.TABLE[0]
+        return super().reset(**options)
+
+
+gym.register("Nested-v0", Nested)
+gym.register("View-v0", Nested, kwargs={"view": True})
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_attributes_in_containers_and_of_any_name(script, monkeypatch):
+    settings = {**SMALL, "env_id": "Nested-v0"}
+    whole = contents(*script.train(script.Args(**settings, exp_name="whole")))
+    parts = train_in_parts(script, {**settings, "exp_name": "parts"}, [7, 3, 27], monkeypatch)
+    assert_equal(whole, contents(*parts))
+
+
+def test_a_part_of_another_array_is_not_written_through(monkeypatch, capsys):
+    settings = {**SMALL, "env_id": "View-v0", "exp_name": "parts"}
+    train_in_parts(rnm, settings, [32], monkeypatch)
+    message = (
+        "note: the environment cannot be brought back (its goal is a part of another array): on with a new episode"
+    )
+    assert message in capsys.readouterr().err
+    assert (np.arange(6.0).reshape(3, 2) == Nested.TABLE).all()
+
+
+@pytest.mark.parametrize("attribute", ["circle", "data"])
+def test_what_cannot_be_captured_is_no_error(attribute, monkeypatch, capsys):
+    circle = []
+    circle.append(circle)
+    physics = rnm.make_env("InvertedPendulum-v5").unwrapped.data  # under a name that hides its model
+    monkeypatch.setattr(Scripted, "__init__", lambda self: None)
+    monkeypatch.setattr(Scripted, "observation_space", gym.spaces.Box(-np.inf, np.inf, (2,), np.float64), raising=False)
+    monkeypatch.setattr(Scripted, "reward", None, raising=False)
+    reset = Scripted.reset
+
+    def strange_reset(self, **options):
+        self.episode = getattr(self, "episode", -1)
+        self.strange = circle if attribute == "circle" else physics
+        return reset(self, **options)
+
+    monkeypatch.setattr(Scripted, "reset", strange_reset)
+    _, _, folder = rnm.train(rnm.Args(**SMALL))
+    rnm.train(rnm.Args(**{**SMALL, "total_timesteps": 70}, resume=str(folder)))
+    assert "note: the environment cannot be brought back (its strange: " in capsys.readouterr().err
 
 
 MUJOCO = [
