@@ -1,0 +1,361 @@
+"""The analysis against brute force on unpacked masks, a history whose figures are known, and folders as they happen."""
+
+import csv
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import environments  # noqa: F401
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+import torch.nn as nn
+from matplotlib.image import imread
+
+import rnm_td3_continuous as rnm
+import sad_analysis as sad
+import td3_continuous as td3
+
+SCRIPT = Path(sad.__file__)
+SMALL = {"env_id": "Scripted-v0", "total_timesteps": 300, "learning_starts": 20, "eval_interval": 30, "batch_size": 8}
+SMALL |= {"eval_episodes": 1, "hidden_sizes": (16, 16), "learning_rate": 3e-2, "checkpoint_interval": 0}
+NETWORKS = ["actor", "qf1", "qf2", "actor_target", "qf1_target", "qf2_target"]
+
+
+def write_history(folder, masks, interval):
+    """`masks`: bool [T, rows, columns] of each layer by name."""
+    folder.mkdir(parents=True)
+    previous = np.uint8(0)
+    for t in range(len(next(iter(masks.values())))):
+        bits = np.concatenate([np.packbits(mask[t]) for mask in masks.values()])
+        shapes = [mask.shape[1:] for mask in masks.values()]
+        contents = {"step": 100 + t * interval, "update": t * interval, "layers": list(masks), "shapes": shapes}
+        np.savez_compressed(folder / f"{t * interval:09d}.npz", **contents, bits=bits ^ previous)
+        previous = bits
+
+
+def random_masks(t, shape, changes, seed):
+    """A random walk of masks."""
+    generator = np.random.default_rng(seed)
+    masks = [generator.random(shape) < 0.4]
+    for _ in range(t - 1):
+        masks.append(masks[-1] ^ (generator.random(shape) < changes))
+    return np.stack(masks)
+
+
+def analyse(masks, interval=10, matrix_size=5):
+    notes = []
+    write_history(Path("masks"), masks, interval)
+    history = sad.analyse_masks(Path("masks"), interval, matrix_size, notes)
+    assert not notes
+    return history
+
+
+def test_every_figure_matches_brute_force_on_unpacked_masks():
+    shapes = {"actor.net.0": (5, 7), "qf1.net.2": (3, 3), "actor_target.net.0": (5, 7), "qf1_target.net.2": (3, 3)}
+    masks = {name: random_masks(23, shape, 0.1, i) for i, (name, shape) in enumerate(shapes.items())}
+    history = analyse(masks)
+    assert history.layers == list(shapes) and history.entries.tolist() == [35, 9, 35, 9]
+    assert history.steps.tolist() == [100 + 10 * t for t in range(23)] and history.updates[-1] == 220
+    assert history.kept.tolist() == [0, 6, 11, 16, 22]
+    for i, (name, mask) in enumerate(masks.items()):
+        flat = mask.reshape(23, -1)
+        assert history.active[i] == flat[0].sum()
+        assert history.sad[:, i].tolist() == [0] + [(flat[t] != flat[t - 1]).sum() for t in range(1, 23)]
+        assert history.sad_first[:, i].tolist() == [(flat[t] != flat[0]).sum() for t in range(23)]
+        assert history.ever[i] == flat.any(0).sum() and history.always[i] == flat.all(0).sum()
+        entered, returned, spells = 0, 0, []
+        for entry in flat.T:
+            seen, start = entry[0], 0
+            for t in range(1, 23):
+                if entry[t] and not entry[t - 1]:
+                    entered, returned, seen, start = entered + 1, returned + seen, True, t
+                if entry[t - 1] and not entry[t]:
+                    spells.append((i, 10 * start, 10 * t, 1))
+            if entry[-1]:
+                spells.append((i, 10 * start, 220, 0))
+        assert (history.entered[i], history.returned[i]) == (entered, returned)
+        assert sorted(map(tuple, history.spells.T[history.spells[0] == i].tolist())) == sorted(spells)
+        for a, s in enumerate(history.kept):
+            for b, t in enumerate(history.kept):
+                assert history.matrix[a, b, i] == (flat[s] != flat[t]).sum()
+        target = name.replace(".", "_target.", 1)
+        both = (mask & masks[target]).sum((1, 2)) if target in masks else np.zeros(23)
+        assert (history.overlap[:, i] == both).all()
+    groups = sad.members(history)
+    assert groups["total"] == [0, 1, 2, 3] and groups["qf1_target"] == [3] and groups["actor.net.0"] == [0]
+
+
+def test_a_history_whose_figures_are_known():
+    """Of 8 entries, 4 stay for ever, 2 alternate, 1 never comes, 1 leaves at the fourth projection and stays away."""
+    steps = np.zeros((9, 1, 8), bool)
+    steps[:, 0, :4] = True
+    steps[::2, 0, 4], steps[1::2, 0, 5] = True, True
+    steps[:4, 0, 7] = True
+    history = analyse({"actor.net.0": steps, "actor_target.net.0": np.ones((9, 1, 8), bool)}, interval=100)
+    figures = sad.summarise(history)["actor"]
+    assert figures["sad"] == 2 * 8 + 1 and figures["entries"] == 8 and figures["active"] == 6
+    assert figures["never_active"] == 1 / 8 and figures["always_active"] == 4 / 8
+    assert figures["entered"] == 4 + 4 and figures["returned"] == 4 + 3
+    assert figures["sad_rate_per_projection"] == pytest.approx(17 / 8 / 6)
+    assert figures["sad_rate_first_to_last"] == pytest.approx(1 / 6)
+    assert figures["overlap_with_target"] == [1, pytest.approx(5 / 6)]
+    assert figures["half_life"] == {"updates": 800, "lower_bound": True}  # 4 of 6 never leave
+    assert figures["newcomer_half_life"] == {"updates": 100, "lower_bound": False}
+    still = sad.summarise(history)["actor_target"]
+    assert still["sad"] == 0 and still["half_life"]["lower_bound"] and still["newcomer_half_life"]["lower_bound"]
+
+
+def test_half_life_is_that_of_exponential_decay_with_censoring():
+    """Each entry leaves with probability 0.02 at a projection: half of them after ln 2 / 0.02 = 34.3 of 60."""
+    generator = np.random.default_rng(0)
+    lives = generator.geometric(0.02, size=(40, 50))
+    masks = np.stack([lives > t for t in range(60)])
+    history = analyse({"qf1.net.0": masks}, interval=7)
+    durations = np.minimum(lives, 59).ravel() * 7
+    ours, bound = sad.half_life(durations, lives.ravel() < 60, 0.0)
+    assert ours == pytest.approx(34.3 * 7, rel=0.08) and not bound
+    assert ours == np.sort(durations)[len(durations) // 2 - 1]
+    whole = sad.summarise(history)["qf1"]["half_life"]
+    assert whole["updates"] == pytest.approx(34.3 * 7, rel=0.15) and not whole["lower_bound"]  # memoryless: any time
+
+
+def history_with(sad_per_projection):
+    """A history in which that many entries change at each projection."""
+    changes, size = np.asarray(sad_per_projection), int(max(sad_per_projection))
+    masks = np.zeros((len(changes) + 1, 1, 2 * size), bool)
+    masks[0, 0, :size] = True
+    for t, change in enumerate(changes):
+        masks[t + 1] = masks[t]
+        masks[t + 1, 0, :change] ^= True
+    shutil.rmtree("masks", ignore_errors=True)
+    return analyse({"actor.net.0": masks})
+
+
+def test_stability_looks_at_the_last_half_in_equal_parts():
+    assert sad.stability(history_with([90] * 60 + [20] * 60)) == {"spread": 0, "slope": pytest.approx(0, abs=1e-12)}
+    falling = sad.stability(history_with([90] * 12 + [60, 60, 50, 50, 40, 40, 30, 30, 20, 20, 10, 10]))
+    assert falling["spread"] == pytest.approx(np.std([60, 50, 40, 30, 20, 10]) / 35)
+    assert falling["slope"] == pytest.approx(-50 / 35)
+    assert sad.stability(history_with([5] * 10)) == {"spread": None, "slope": None}  # five projections, six parts
+
+
+def run_of(env, k, seed, value, spread=None):
+    config = {"env_id": env, "seed": seed, "total_timesteps": 100, "n": 2, "m": 4, "mask_update_interval": k}
+    run = sad.Run(Path(f"{env}-{k}-{seed}"), config, np.arange(10, 110, 10), np.full(10, float(value)))
+    if spread is not None:
+        run.history, run.stability = object(), {"spread": spread}
+    return run
+
+
+def test_groups_are_compared_with_scipy_statistics():
+    values = {("A", 1): [1, 2, 3, 10], ("A", 100): [4, 5, 6, 7], ("B", 1): [100, 300], ("B", 100): [200, 600]}
+    runs = [run_of(env, k, seed, v) for (env, k), many in values.items() for seed, v in enumerate(many)]
+    groups, across = sad.compare_groups(runs, seed=1)
+    found = groups["A", "2:4", 1]
+    assert found["runs"] == 4 and found["mean"] == 4 and found["iqm"] == 2.5
+    low, high = found["mean_interval"]
+    resamples = np.random.default_rng(0).choice([1, 2, 3, 10], (20_000, 4)).mean(1)
+    assert [low, high] == pytest.approx(np.quantile(resamples, [0.025, 0.975]), abs=0.3)
+    assert groups["B", "2:4", 100]["mean_interval"] == [200, 600]
+    assert across["2:4", 100]["mean"] == pytest.approx(
+        np.mean([4 / 5.5, 5 / 5.5, 6 / 5.5, 7 / 5.5, 200 / 400, 600 / 400])
+    )
+    assert across["2:4", 1]["runs"] == 6
+    alone, _ = sad.compare_groups(runs[:1], seed=1)
+    assert alone["A", "2:4", 1]["mean_interval"] is None
+
+
+def test_correlation_of_stability_and_return():
+    generator = np.random.default_rng(0)
+    spreads = generator.random(12)
+    runs = [run_of("A", 10, i, 100 - 50 * s, spread=s) for i, s in enumerate(spreads)]
+    result = sad.correlate(runs, seed=1)["A"]
+    assert result["runs"] == 12 and result["spearman"] == pytest.approx(1) and "better return" in result["verdict"]
+    noisy = [run_of("A", 10, i, generator.random(), spread=s) for i, s in enumerate(spreads)]
+    result = sad.correlate(noisy, seed=1)["A"]
+    expected = scipy.stats.spearmanr([-s for s in spreads], [run.final_return for run in noisy]).statistic
+    assert result["spearman"] == pytest.approx(expected) and result["verdict"] == "no clear relation"
+    assert result["interval"][0] < expected < result["interval"][1]
+    few = sad.correlate(runs[:7], seed=1)["A"]
+    assert few["verdict"] == "too few runs to say anything: 7, of 8 needed" and "spearman" not in few
+    # K moves both: within each K there is no relation at all
+    confounded = [
+        run_of("A", k, i, k + i % 2, spread=(10 - k) / 10 + 0.01 * (i // 2)) for k in (1, 5, 9) for i in range(4)
+    ]
+    result = sad.correlate(confounded, seed=1)["A"]
+    assert result["spearman"] > 0.8 and abs(result["within_groups_spearman"]) < 0.1
+
+
+@pytest.fixture(scope="module")
+def real_runs(tmp_path_factory):
+    """Small real runs: two of K = 20, one of K = 100, fixed masks, no masks saved, dense."""
+    before = os.getcwd()
+    os.chdir(tmp_path_factory.mktemp("real"))
+    try:
+        torch.set_num_threads(1)
+        folders = [
+            rnm.train(rnm.Args(**SMALL, mask_update_interval=k, seed=s))[2] for k, s in ((20, 1), (20, 2), (100, 1))
+        ]
+        folders.append(rnm.train(rnm.Args(**SMALL, mask_update_interval=0))[2])
+        folders.append(rnm.train(rnm.Args(**SMALL, save_masks=False))[2])
+        folders.append(td3.train(td3.Args(**SMALL))[2])
+        return [folder.resolve() for folder in folders]
+    finally:
+        os.chdir(before)
+
+
+def test_real_runs_from_the_files_to_the_pictures(real_runs, capsys):
+    summary = sad.analyse(sad.Args((str(real_runs[0].parent),), out="out", points=5))
+    out = capsys.readouterr().out
+    assert "no masks saved: leave out --no-save-masks" in out and "dense: no masks" in out
+    assert "its masks never change" in out and "too few runs to say anything: 2, of 8 needed" in out
+    assert json.loads(Path("out/summary.json").read_text()) == json.loads(json.dumps(summary))
+    assert len(summary["runs"]) == 6 and summary["groups"]["Scripted-v0, 2:4, K = 20"]["runs"] == 2
+    for name in ("heatmap", "sad_over_time", "return_over_k", "stability"):
+        picture = imread(f"out/{name}.png")
+        assert picture.shape[1] > 1000 and picture[..., :3].std() > 0.05
+    rows = list(csv.DictReader(Path("out/sad.csv").read_text().splitlines()))
+    run = real_runs[0].name
+    masks, previous = [], 0
+    for path in sorted((real_runs[0] / "masks").iterdir()):
+        with np.load(path) as file:
+            previous = previous ^ file["bits"]
+            masks.append(np.unpackbits(previous))
+    total = [row for row in rows if row["run"] == run and row["name"] == "total"]
+    assert sum(int(row["sad"]) for row in total) == sum((a != b).sum() for a, b in pairwise(masks)) > 0
+    assert [int(row["projections"]) for row in total] == [3, 3, 2, 3, 3] and int(total[-1]["step"]) == 300
+    assert int(total[-1]["sad_first"]) == (masks[0] != masks[-1]).sum()
+    matrices = np.load("out/sad_matrices.npz")
+    assert matrices[f"{run}/sad"][0, -1].sum() == (masks[0] != masks[-1]).sum()
+    assert {row["name"] for row in rows} >= {*NETWORKS, "total", "qf2_target.net.4"}
+
+
+def damage(folder, kind):
+    masks = sorted((folder / "masks").iterdir()) if (folder / "masks").exists() else []
+    if kind == "a mask file is missing":
+        masks[4].unlink()
+    elif kind == "a mask file is truncated":
+        masks[4].write_bytes(masks[4].read_bytes()[:50])
+    elif kind == "a mask file is being written":
+        (folder / "masks" / "incomplete").write_bytes(b"half")
+    elif kind == "masks of other shapes":
+        np.savez(masks[4], step=1, update=80, bits=np.zeros(3, np.uint8))
+    elif kind == "one projection":
+        for path in masks[1:]:
+            path.unlink()
+    elif kind == "cut off":
+        lines = (folder / "evaluations.csv").read_text().splitlines(keepends=True)
+        (folder / "evaluations.csv").write_text("".join(lines[:4]) + lines[4][:5])
+    elif kind == "no evaluations":
+        (folder / "evaluations.csv").unlink()
+    elif kind == "no configuration":
+        (folder / "config.json").write_text('{"env_id": ')
+
+
+@pytest.mark.parametrize(
+    "kind, message",
+    {
+        "a mask file is missing": "masks/000000080.npz is missing: masks are used up to there",
+        "a mask file is truncated": "masks/000000080.npz cannot be read",
+        "masks of other shapes": "masks/000000080.npz cannot be read (contents do not fit)",
+        "a mask file is being written": "",
+        "one projection": "fewer than two projections",
+        "cut off": "not finished (step 90 of 300): not among the returns",
+        "no evaluations": "evaluations.csv cannot be read",
+        "no configuration": "is left out: config.json is not that of a run",
+    }.items(),
+)
+def test_broken_runs_are_named_and_used_as_far_as_they_go(real_runs, kind, message, capsys):
+    shutil.copytree(real_runs[0], "runs/a")
+    shutil.copytree(real_runs[2], "runs/b")
+    damage(Path("runs/a"), kind)
+    summary = sad.analyse(sad.Args(("runs",), out="out"))
+    out, err = capsys.readouterr()
+    assert message in " ".join((out + err).split()) and "b" in summary["runs"]
+    if kind.startswith(("a mask", "masks")):
+        assert summary["runs"]["a"]["projections"] == (14 if "written" in kind else 3)
+    if kind == "cut off":
+        assert summary["runs"]["a"]["final_return"] is None and summary["runs"]["a"]["projections"] == 14
+
+
+def main(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr(sys, "argv", ["sad_analysis.py", *map(str, arguments)])
+    code = sad.main()
+    return code, capsys.readouterr().err.splitlines()
+
+
+def test_bad_input_gets_one_line_and_exit_code_2(monkeypatch, capsys, real_runs):
+    Path("empty").mkdir()
+    Path("file").write_text("")
+    cases = {
+        (): "error: no folder given: no runs there; give run folders, or --example",
+        ("nowhere/*",): "error: nowhere/*: no such folder",
+        ("empty",): "error: empty: no runs there",
+        (real_runs[0], "--points", "1"): "error: --points and --matrix-size have to be 2 or more",
+        (real_runs[0], "--out", "file"): "error: --out file: cannot be made: File exists",
+    }
+    for arguments, message in cases.items():
+        code, errors = main(monkeypatch, capsys, *arguments)
+        assert code == 2 and len(errors) == 1 and errors[0].startswith(message), errors
+
+
+def test_only_dense_or_unfinished_runs_have_pictures_too(real_runs, monkeypatch, capsys):
+    code, _ = main(monkeypatch, capsys, real_runs[5], "--out", "dense")
+    assert code == 0 and {path.name for path in Path("dense").iterdir()} == {
+        *("summary.json", "sad_over_time.png", "return_over_k.png", "stability.png")
+    }
+    shutil.copytree(real_runs[0], "a")
+    damage(Path("a"), "cut off")
+    code, _ = main(monkeypatch, capsys, "a", "--out", "cut")
+    assert code == 0 and {path.name for path in Path("cut").iterdir()} == {
+        *("summary.json", "sad.csv", "sad_matrices.npz", "sad_over_time.png", "heatmap.png")
+    }
+
+
+@pytest.mark.slow
+def test_a_thousand_projections_in_20_seconds_and_500_mb():
+    """All six networks of HalfCheetah, 2:4, 256 x 256; 1 % of the entries change at each projection."""
+    actor, critic = [(256, 17), (256, 256), (6, 256)], [(256, 23), (256, 256), (1, 256)]
+    masks = {}
+    for network in NETWORKS:
+        for i, shape in enumerate(actor if "actor" in network else critic):
+            linear = nn.Linear(shape[1], shape[0])
+            masks[f"{network}.net.{2 * i}"] = rnm.nm_mask(linear.weight, 2, 4).numpy()
+    generator, previous = np.random.default_rng(0), np.uint8(0)
+    folder = Path("runs/large/masks")
+    folder.mkdir(parents=True)
+    shapes = [mask.shape for mask in masks.values()]
+    for t in range(1001):
+        bits = np.concatenate([np.packbits(mask) for mask in masks.values()])
+        contents = {"step": t * 1000, "update": t * 1000, "layers": list(masks), "shapes": shapes}
+        np.savez_compressed(folder / f"{t * 1000:09d}.npz", **contents, bits=bits ^ previous)
+        previous = bits
+        for mask in masks.values():
+            mask ^= generator.random(mask.shape) < 0.01
+    config = {"env_id": "HalfCheetah-v4", "seed": 1, "total_timesteps": 10**6, "n": 2, "m": 4, "save_masks": True}
+    (folder.parent / "config.json").write_text(json.dumps({**config, "mask_update_interval": 1000}))
+    (folder.parent / "evaluations.csv").write_text("step,mean,std\n1000000,5000.0,1.0\n")
+    started = time.time()
+    command = [sys.executable, SCRIPT, "runs"]
+    subprocess.run(command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    seconds, peak = time.time() - started, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e3
+    print(f"{seconds:.1f} s, {peak:.0f} MB")
+    assert peak < 500
+
+
+@pytest.mark.slow
+def test_example(monkeypatch, capsys):
+    code, errors = main(monkeypatch, capsys, "--example", "--out", "example")
+    assert code == 0, errors
+    pictures = {path.name for path in Path("example").glob("*.png")}
+    assert pictures == {"heatmap.png", "sad_over_time.png", "return_over_k.png", "stability.png"}
+    summary = json.loads(Path("example/summary.json").read_text())
+    assert sorted(run["mask_update_interval"] for run in summary["runs"].values()) == [10, 50, 250]
