@@ -1,0 +1,241 @@
+"""Sweeps of small real runs: which are started, resumed, skipped or tried again, and the report's statistics."""
+
+import csv
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.stats
+
+import sweep
+
+SCRIPT = Path(sweep.__file__)
+TINY = (
+    "--learning-starts 50 --batch-size 8 --hidden-sizes 8 --eval-interval 50 --eval-episodes 1 --checkpoint-interval 40"
+)
+SWEEP = ["--env-ids", "InvertedPendulum-v5", "--patterns", "dense", "2:4", "--seeds", "1-2", "--out", "out"]
+
+
+def run(*arguments, check=True, **variables):
+    command = [sys.executable, SCRIPT, *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert not check or result.returncode == 0, result.stdout + result.stderr
+    return result
+
+
+def tasks(total=200, flags=TINY, **changes):
+    settings = {"env_ids": ("InvertedPendulum-v5",), "patterns": ("dense", "2:4"), "seeds": ("1-2",), "out": "out"}
+    return sweep.tasks_of(sweep.Args(**{**settings, **changes}, total_timesteps=total, flags=flags))
+
+
+def test_tasks_and_commands():
+    found = tasks(env_ids=("A-v1", "ns/B-v0"), patterns=("dense", "1:8"), seeds=("3", "1-2", "3"))
+    assert [task.name for task in found[:4]] == [
+        "A-v1__dense__3",
+        "A-v1__1_8__3",
+        "ns_B-v0__dense__3",
+        "ns_B-v0__1_8__3",
+    ]
+    assert len(found) == 12 and [task.seed for task in found[::4]] == [3, 1, 2]
+    words = found[1].fresh_command()
+    assert words[1].endswith("rnm_td3_continuous.py") and found[0].fresh_command()[1].endswith("/td3_continuous.py")
+    assert shlex.join(words[2:12]) == "--env-id A-v1 --seed 3 --total-timesteps 200 --exp-name out__1_8 --n 1"
+    assert words[-2:] == ["--checkpoint-interval", "40"]
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    {
+        "--seeds 3-1": "--seeds 3-1: give numbers, or ranges such as 1-5",
+        "--seeds x": "--seeds x: give numbers",
+        "--patterns 4:2": "--patterns 4:2: give `dense` or N:M",
+        "--patterns sparse": "--patterns sparse: give `dense`",
+        "--total-timesteps 0": "--total-timesteps has to be 1 or more",
+        "--task 99": "--task 99: give a number from 0 to",
+        "--report nowhere": "--report nowhere: no finished runs there",
+        "--out file/x": "--out file/x: cannot be written: Not a directory",
+    }.items(),
+)
+def test_bad_input_gets_one_line_and_exit_code_2(flags, message, monkeypatch, capsys):
+    Path("file").write_text("")
+    monkeypatch.setattr(sys, "argv", ["sweep.py", *flags.split()])
+    assert sweep.main() == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith(f"error: {message}")
+
+
+def test_a_task_is_started_resumed_extended_and_skipped(monkeypatch):
+    task = tasks()[1]
+    assert sweep.state_of(task) == "waiting" and "--resume" not in task.command()
+    command = [word if word != "200" else "100000" for word in task.fresh_command()]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while sweep.steps_done(task) < 60:
+        assert process.poll() is None
+        time.sleep(0.05)
+    assert sweep.state_of(task).startswith("running, step ")
+    process.kill()
+    process.wait()
+    task = tasks(total=sweep.steps_done(task) + 200)[1]
+    assert sweep.state_of(task).startswith("interrupted, goes on from step ")
+    assert task.command()[2] == "--resume"
+    assert sweep.run_task(task) == task.name == "InvertedPendulum-v5__2_4__1"
+    assert sweep.state_of(task) == "finished" and task.command() is None
+    assert len(list(Path("runs").iterdir())) == 1 and "resumed at step" in task.log.read_text()
+    before = task.log.read_text()
+    sweep.run_task(task)
+    assert task.log.read_text() == before
+    copied = task.out / "runs" / task.name
+    assert (copied / "evaluations.csv").read_bytes() == (task.folders()[-1] / "evaluations.csv").read_bytes()
+    assert json.loads((copied / "config.json").read_text())["seed"] == 1
+    assert json.loads((copied / "speed.json").read_text())["step"] > 100
+    longer = tasks(total=task.total_timesteps + 100)[1]
+    assert longer.command()[2] == "--resume" and sweep.run_task(longer) and sweep.state_of(longer) == "finished"
+
+
+def test_a_failed_task_says_why():
+    task = tasks(flags=TINY + " --gamma 7")[0]
+    with pytest.raises(sweep.RunFailed, match=r"exit code 2: error: --gamma is 7\.0; give a number from 0 to 1"):
+        sweep.run_task(task)
+    assert sweep.state_of(task) == "failed: error: --gamma is 7.0; give a number from 0 to 1"
+
+
+def test_a_run_ends_with_the_worker_that_started_it():
+    """With a checkpoint, since SIGTERM asks for one."""
+    code = f"import sweep; sweep.run_task(sweep.tasks_of(sweep.Args(flags={TINY!r}, out='out', patterns=('2:4',),"
+    code += " env_ids=('InvertedPendulum-v5',)))[0])"
+    worker = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(SCRIPT.parent)})
+    task = tasks(total=10**6, patterns=("2:4",))[0]
+    while sweep.steps_done(task) < 60:
+        assert worker.poll() is None
+        time.sleep(0.05)
+    worker.send_signal(signal.SIGKILL)
+    worker.wait()
+    deadline = time.time() + 20
+    while not sweep.state_of(task).startswith("interrupted"):
+        assert time.time() < deadline
+        time.sleep(0.1)
+    assert sweep.last_line(task.log).startswith("interrupted at step ")
+
+
+def test_dry_run_and_list_do_nothing():
+    printed = run(*SWEEP, "--total-timesteps", 200, f"--flags={TINY}", "--dry-run").stdout.splitlines()
+    assert len(printed) == 4 and all("--exp-name out__" in line for line in printed)
+    listed = run(*SWEEP, "--list").stdout.splitlines()
+    assert len(listed) == 4 and all(line.endswith(" waiting") for line in listed)
+    assert not list(Path(".").iterdir())
+
+
+def test_slurm_script_runs_its_tasks():
+    arguments = [*SWEEP, "--total-timesteps", 200, f"--flags={TINY}"]
+    assert run(*arguments, "--slurm").stdout == "sbatch out/slurm.sh\n"
+    subprocess.run(["bash", "-n", "out/slurm.sh"], check=True)
+    assert "#SBATCH --array=0-3\n" in Path("out/slurm.sh").read_text()
+    for i in range(4):
+        subprocess.run(["bash", "out/slurm.sh"], check=True, env={**os.environ, "SLURM_ARRAY_TASK_ID": str(i)})
+    assert {line.split()[1] for line in run(*arguments, "--list").stdout.splitlines()} == {"finished"}
+    assert "| 2:4 | 2 |" in run("--report", "out").stdout
+    for name in ("curves", "returns"):
+        assert (Path("out") / f"{name}.png").stat().st_size > 10_000
+
+
+def made_up(out, values):
+    """Results as they are copied: `values`: (env, pattern) to final returns by seed."""
+    plan = []
+    for (env, pattern), returns in values.items():
+        for seed, value in enumerate(returns):
+            name = f"{env}__{pattern.replace(':', '_')}__{seed}"
+            plan.append((name, env, pattern, seed, 100))
+            if value is None:
+                continue
+            folder = Path(out, "runs", name)
+            folder.mkdir(parents=True)
+            with open(folder / "evaluations.csv", "w") as file:
+                writer = csv.writer(file)
+                writer.writerows([("step", "mean", "std"), *[(step, value, 0) for step in range(5, 105, 5)]])
+            (folder / "speed.json").write_text(json.dumps({"step": 100, "seconds": 50}))
+    Path(out, "sweep.json").write_text(json.dumps(plan))
+
+
+def test_report_states_the_statistics_of_the_field():
+    dense, sparse = [10.0, 20, 30, 40, 50], [20.0, 30, 40, 50, 90]
+    made_up(
+        "out", {("A", "dense"): dense, ("A", "2:4"): sparse, ("B", "dense"): [100, 200], ("B", "2:4"): [90, 120, None]}
+    )
+    text = sweep.report(Path("out"))
+    assert text == Path("out/report.md").read_text()
+    row = next(line for line in text.splitlines() if line.startswith("| 2:4 | 5 |")).split(" | ")
+    assert row[2] == f"46 +- {np.std(sparse, ddof=1):.0f}" and row[3].startswith("40 [")
+    assert row[4].startswith("1.53 [") and row[6] == "2" and row[7] == "0.01 |"
+    pairs = [(x > y) + (x == y) / 2 for x in sparse for y in dense]
+    assert row[5].startswith(f"{np.mean(pairs):.2f} [")
+    low, high = (float(bound) for bound in row[5].split("[")[1].rstrip("]").split(", "))
+    assert 0 < low < np.mean(pairs) < high <= 1
+    normalised = next(line for line in text.splitlines() if line.startswith("| 2:4 | 7 |"))
+    assert f"| {np.mean([*np.array(sparse) / 30, 90 / 150, 120 / 150]):.2f} [" in normalised
+    assert "- B__2_4__2: " in text and "A__" not in text.split("Missing:")[1]
+    assert scipy.stats.trim_mean(sparse, 0.25) == 40
+
+
+RAY = pytest.mark.skipif(
+    not any((Path(folder) / "ray" / "__init__.py").exists() for folder in sys.path), reason="Ray is not installed"
+)
+
+
+@pytest.mark.slow
+@RAY
+def test_a_sweep_on_this_machine_repeats_what_failed_and_is_idempotent(tmp_path):
+    arguments = [*SWEEP, "--total-timesteps", 300, f"--flags={TINY}"]
+    first = run(*arguments)
+    assert "4 of 4 done, 0 running, 0 failed" in first.stdout
+    logs = {path: path.read_text() for path in Path("out/logs").iterdir()}
+    assert len(logs) == 4
+    second = run(*arguments)
+    assert "4 of 4 done" in second.stdout and logs == {path: path.read_text() for path in Path("out/logs").iterdir()}
+    failing = run(*[*arguments[:-1], f"--flags={TINY} --gamma 7"], "--seeds", 5, "--retries", 1, check=False)
+    assert failing.returncode == 1 and "failed: " in failing.stdout and "--gamma is 7.0" in failing.stdout
+    log = Path("out/logs/InvertedPendulum-v5__dense__5.log").read_text()
+    assert log.count("error: --gamma") == 2  # tried again once
+
+
+@pytest.mark.slow
+@RAY
+def test_a_node_that_is_killed_costs_no_finished_run_and_little_of_the_others():
+    """Two real nodes on loopback; the second is killed with its workers while it trains."""
+    from ray.cluster_utils import Cluster
+
+    flags = TINY.replace("--checkpoint-interval 40", "--checkpoint-interval 200")
+    arguments = ["--env-ids", "InvertedPendulum-v5", "--patterns", "2:4", "--seeds", "1-4", "--out", "out"]
+    arguments += ["--total-timesteps", 6000, f"--flags={flags}"]
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    second = cluster.add_node(num_cpus=1)
+    try:
+        command = [sys.executable, SCRIPT, *map(str, arguments), "--address", cluster.address]
+        driver = subprocess.Popen(
+            command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
+        plan = sweep.tasks_of(sweep.Args(("InvertedPendulum-v5",), ("2:4",), ("1-4",), 6000, flags, "out"))
+        deadline = time.time() + 120
+        while sum(sweep.checkpoint(task.folders()[-1]) > 1000 for task in plan if task.folders()) < 2:
+            assert time.time() < deadline and driver.poll() is None
+            time.sleep(0.1)
+        before = {task.name: sweep.checkpoint(task.folders()[-1]) for task in plan if task.folders()}
+        cluster.remove_node(second, allow_graceful=False)
+        out, _ = driver.communicate(timeout=400)
+        assert driver.returncode == 0 and "4 of 4 done" in out, out
+    finally:
+        cluster.shutdown()
+    assert all(sweep.state_of(task) == "finished" for task in plan)
+    assert all(len(task.folders()) == 1 for task in plan)  # none began anew
+    resumed = [task for task in plan if "resumed at step " in task.log.read_text()]
+    assert resumed
+    for task in resumed:
+        step = int(task.log.read_text().split("resumed at step ")[1].split()[0])
+        assert step >= before[task.name]
