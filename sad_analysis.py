@@ -6,6 +6,7 @@ sad_matrices.npz and figures.
 """
 
 import csv
+import functools
 import glob
 import json
 import math
@@ -13,6 +14,7 @@ import os
 import subprocess
 import sys
 import warnings
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +28,11 @@ COHORTS = 10  # times at which an active entry is followed to its end
 LAST = 10  # evaluations whose mean is the final return of a run
 WINDOWS = 6  # equal parts of the last half of training, over which the SAD is compared to say how stable it is
 LEAST_RUNS = 8  # for a correlation
+# what two runs may differ in and be seeds of the same: what does not change training, or is compared by itself
+ALIKE = {"seed", "exp_name", "track", "wandb_project_name", "wandb_entity", "wandb_id", "capture_video", "save_model"}
+ALIKE |= {"evaluate", "resume", "checkpoint_interval", "eval_interval", "eval_episodes", "overlap", "profile", "cuda"}
+ALIKE |= {"backend", "save_masks", "device", "cpu", "num_threads", "versions", "n", "m", "mask_update_interval"}
+FILES = "[0-9]" * 9 + ".npz"  # of a mask history
 RESAMPLES = 10_000  # of the bootstrap
 
 
@@ -80,7 +87,7 @@ def read_masks(
     Ends where one is missing or cannot be read, and says so in `notes`.
     """
     expected, size = 0, None
-    for path in sorted(folder.glob("[0-9]*.npz")):
+    for path in sorted(folder.glob(FILES)):
         if int(path.stem) != expected:
             return notes.append(f"masks/{expected:09d}.npz is missing: masks are used up to there")
         try:
@@ -99,7 +106,7 @@ def read_masks(
 
 def analyse_masks(folder: Path, interval: int, matrix_size: int, notes: list[str]) -> History | None:
     """Go through the masks of a run once, on packed bits. Returns None if there are no two projections."""
-    files = len(list(folder.glob("[0-9]*.npz")))
+    files = len(list(folder.glob(FILES)))
     kept = np.unique(np.linspace(0, files - 1, min(files, matrix_size)).round().astype(int))
     rows, snapshots = [], []
     for t, (step, update, layers, shapes, bits) in enumerate(read_masks(folder, interval, notes)):
@@ -159,13 +166,16 @@ def members(history: History) -> dict[str, list[int]]:
     return names | {"total": list(range(len(history.layers)))}
 
 
-def half_life(durations: np.ndarray, left: np.ndarray, bound: float) -> tuple[float, bool]:
-    """Duration after which half have left (Kaplan-Meier: some had not by the end). If never: `bound`, and True."""
-    if not left.any():
-        return bound, True
-    survival = scipy.stats.ecdf(scipy.stats.CensoredData(durations[left], right=durations[~left])).sf
-    half = survival.quantiles[survival.probabilities <= 0.5]
-    return (float(half[0]), False) if len(half) else (bound, True)
+def half_life(durations: np.ndarray, left: np.ndarray) -> tuple[float | None, bool]:
+    """Duration after which half have left (Kaplan-Meier: some had not by the end). If never: the longest, and True."""
+    if len(durations) == 0:
+        return None, False
+    if left.any():
+        survival = scipy.stats.ecdf(scipy.stats.CensoredData(durations[left], right=durations[~left])).sf
+        half = survival.quantiles[survival.probabilities <= 0.5]
+        if len(half):
+            return float(half[0]), False
+    return float(durations.max()), True
 
 
 def half_lives(history: History, layers: list[int]) -> dict:
@@ -173,15 +183,14 @@ def half_lives(history: History, layers: list[int]) -> dict:
 
     The first is about what the network is made of, the second about the many entries that come and soon go again.
     """
-    last = float(history.updates[-1])
     layer, begin, end, left = history.spells
     mine = np.isin(layer, layers)
     begin, end, left = begin[mine], end[mine], left[mine].astype(bool)
     times = history.updates[np.linspace(0, len(history.updates) - 1, COHORTS, endpoint=False).astype(int)]
     there = [(begin <= time) & (end > time) for time in times]
     remaining = np.concatenate([end[chosen] - time for chosen, time in zip(there, times, strict=True)])
-    result = {"half_life": half_life(remaining, np.concatenate([left[chosen] for chosen in there]), last)}
-    result["newcomer_half_life"] = half_life((end - begin)[begin > 0], left[begin > 0], last)
+    result = {"half_life": half_life(remaining, np.concatenate([left[chosen] for chosen in there]))}
+    result["newcomer_half_life"] = half_life((end - begin)[begin > 0], left[begin > 0])
     return {key: {"updates": updates, "lower_bound": bound} for key, (updates, bound) in result.items()}
 
 
@@ -240,6 +249,8 @@ class Run:
     sad: dict = field(default_factory=dict)  # of `summarise`
     stability: dict = field(default_factory=dict)  # of `stability`
     notes: list[str] = field(default_factory=list)  # what is missing, and what follows
+    name: str = ""
+    extra: str = ""  # other flags, where runs of the same environment, pattern and K differ in them
 
     @property
     def pattern(self) -> str:
@@ -252,8 +263,8 @@ class Run:
 
     @property
     def group(self) -> tuple:
-        """Environment, pattern and K: runs that differ by the seed."""
-        return self.config["env_id"], self.pattern, -1 if self.interval is None else self.interval
+        """Environment, pattern, K, and what else differs: runs that differ by the seed alone."""
+        return self.config["env_id"], self.pattern, -1 if self.interval is None else self.interval, self.extra
 
     @property
     def finished(self) -> bool:
@@ -268,28 +279,50 @@ def find_runs(paths: tuple[str, ...]) -> list[Path]:
     """Run folders that are given, or lie in given folders. Raises UsageError."""
     found = []
     for path in paths:
-        matches = [Path(match) for match in sorted(glob.glob(path))]
+        matches = [Path(match).resolve() for match in sorted(glob.glob(path))]
         if not matches:
             raise UsageError(f"{path}: no such folder")
         for match in matches:
-            inside = (
-                [match] if (match / "config.json").exists() else sorted(p.parent for p in match.glob("*/config.json"))
-            )
+            inside = sorted(config.parent for config in match.glob("*/config.json"))
+            if (match / "config.json").exists():
+                inside = [match]
+            elif not inside:
+                print(f"{match} is left out: no config.json", file=sys.stderr)
             found += inside
     if not found:
         raise UsageError(f"{' '.join(paths) or 'no folder given'}: no runs there; give run folders, or --example")
     return list(dict.fromkeys(found))
 
 
+def separate(runs: list[Run]) -> list[Run]:
+    """Name the flags that differ between runs of the same environment, pattern and K; of a seed keep the newest run."""
+    alike = defaultdict(list)
+    for run in runs:
+        alike[run.group].append(run)
+    for group in alike.values():
+        for name in sorted(set().union(*[run.config for run in group]) - ALIKE):
+            if len({json.dumps(run.config.get(name)) for run in group}) > 1:
+                for run in group:
+                    run.extra += f", {name} {run.config.get(name)}"
+    newest = {(run.group, run.config["seed"]): run for run in runs}
+    for run in runs:
+        if newest[run.group, run.config["seed"]] is not run:
+            newer = newest[run.group, run.config["seed"]].folder
+            print(f"{run.folder} is left out: it has the seed of {newer}", file=sys.stderr)
+    return list(newest.values())
+
+
 def read_run(folder: Path, matrix_size: int) -> Run:
     """Raises ValueError, with the reason, for what is no run."""
     try:
         config = json.loads((folder / "config.json").read_text())
-        {config[name] for name in ("env_id", "seed", "total_timesteps")}
+        numbers = ["seed", "total_timesteps", *(("n", "m", "mask_update_interval") if "n" in config else ())]
+        if not isinstance(config["env_id"], str) or not all(type(config[name]) is int for name in numbers):
+            raise TypeError(f"one of env_id, {', '.join(numbers)}")
         interval = config["mask_update_interval"] if "n" in config else None
     except Exception as error:
         raise ValueError(f"config.json is not that of a run ({error!r})") from error
-    run = Run(folder, config, np.zeros(0), np.zeros(0))
+    run = Run(folder, config, np.zeros(0), np.zeros(0), name=folder.name)
     try:
         with open(folder / "evaluations.csv") as file:
             rows = [(int(row["step"]), float(row["mean"])) for row in csv.DictReader(file) if row["std"]]
@@ -311,6 +344,10 @@ def read_run(folder: Path, matrix_size: int) -> Run:
             run.notes.append("fewer than two projections")
         else:
             run.sad, run.stability = summarise(run.history), stability(run.history)
+            run.history.spells = np.zeros((4, 0))  # summarised, and large
+            if run.history.updates[-1] + interval <= config["total_timesteps"] - config.get("learning_starts", 0):
+                run.stability = {"spread": None, "slope": None}
+                run.notes.append("its masks end early: nothing is said on their stability")
     return run
 
 
@@ -326,10 +363,9 @@ def bootstrap(samples: list[np.ndarray], statistic: Callable[..., float], seed: 
         return None
     options = {"n_resamples": RESAMPLES, "method": "percentile", "paired": paired, "vectorized": False}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # resamples of one value have no correlation
+        warnings.simplefilter("ignore")  # of samples that are all alike
         found = scipy.stats.bootstrap(samples, statistic, **options, rng=np.random.default_rng(seed))
-        distribution = found.bootstrap_distribution
-        return np.nanquantile(distribution, [0.025, 0.975]).tolist()
+    return [float(bound) for bound in found.confidence_interval]
 
 
 def mean(*strata: np.ndarray) -> float:
@@ -342,65 +378,72 @@ def iqm(*strata: np.ndarray) -> float:
 
 
 def spearman(x: np.ndarray, y: np.ndarray) -> float:
-    return float(scipy.stats.spearmanr(x, y).statistic)
+    """0 where all are equal, and there is no rank."""
+    return float(np.nan_to_num(scipy.stats.spearmanr(x, y).statistic)) if np.ptp(x) and np.ptp(y) else 0.0
 
 
-def estimate(strata: list[np.ndarray], seed: int) -> dict:
-    """Mean and interquartile mean with their intervals; `strata`: one sample per environment."""
+def estimate(strata: list[np.ndarray], seed: int, scales: Sequence[np.ndarray] = ()) -> dict:
+    """Mean and interquartile mean with their intervals; `strata`: one sample per environment.
+
+    `scales`: as many samples, by whose means they are divided; they are resampled, too.
+    """
     result = {"runs": sum(map(len, strata))}
     for name, statistic in (("mean", mean), ("iqm", iqm)):
-        result[name], result[f"{name}_interval"] = statistic(*strata), bootstrap(strata, statistic, seed)
+
+        def scaled(*samples, statistic=statistic):
+            ours, theirs = samples[: len(strata)], samples[len(strata) :]
+            return statistic(*[x / y.mean() for x, y in zip(ours, theirs, strict=True)] if scales else ours)
+
+        everything = [*strata, *scales]
+        result[name], result[f"{name}_interval"] = scaled(*everything), bootstrap(everything, scaled, seed)
     return result
 
 
 def compare_groups(runs: list[Run], seed: int) -> tuple[dict[tuple, dict], dict[tuple, dict]]:
-    """Final returns by (environment, pattern, K); with several environments also by (pattern, K), normalised.
+    """Final returns by group; and by pattern and K over all environments, as ratios to the mean of dense.
 
-    Normalised: by the mean of the environment's dense runs, or of its best group where there are none.
+    The second is empty with one environment, or where one has no dense runs, or such with a mean that is not positive.
     """
     samples: dict[tuple, np.ndarray] = {}
     for group in sorted({run.group for run in runs if run.finished}):
         samples[group] = np.array([run.final_return for run in runs if run.group == group and run.finished])
     groups = {group: estimate([values], seed) for group, values in samples.items()}
-    envs = {env for env, _, _ in groups}
-    scale = {}
-    for env in envs:
-        means = {group[1:]: result["mean"] for group, result in groups.items() if group[0] == env}
-        scale[env] = means.get(("dense", -1), max(means.values()))
+    envs = sorted({env for env, *_ in groups})
+    dense = [samples.get((env, "dense", -1, ""), np.zeros(1)) for env in envs]
     across = {}
-    for key in sorted({group[1:] for group in groups}) if len(envs) > 1 else ():
+    for key in sorted({group[1:] for group in groups}) if len(envs) > 1 and min(d.mean() for d in dense) > 0 else ():
         if all((env, *key) in samples for env in envs):
-            across[key] = estimate([samples[env, *key] / scale[env] for env in sorted(envs)], seed)
+            across[key] = estimate([samples[env, *key] for env in envs], seed, dense)
     return groups, across
 
 
 def correlate(runs: list[Run], seed: int) -> dict[str, dict]:
     """Per environment: Spearman's correlation of stability (minus the spread) and final return over its runs.
 
-    `within_groups`: the same after the means of runs with the same pattern and K are taken off, since K changes both.
+    `within_groups`: the same after the means of each group are taken off, since K and N:M move both; over groups of at
+    least 3 runs, where LEAST_RUNS and one per group are left. The verdict is about that one if there is one.
     """
     result = {}
     for env in sorted({run.config["env_id"] for run in runs}):
         chosen = [run for run in runs if run.config["env_id"] == env and run.history and run.finished]
-        spreads = [run.stability["spread"] for run in chosen]
-        pairs = [(run.group, -s, run.final_return) for run, s in zip(chosen, spreads, strict=True) if s is not None]
-        result[env] = {"runs": len(pairs)}
-        if len(pairs) < LEAST_RUNS:
-            result[env]["verdict"] = f"too few runs to say anything: {len(pairs)}, of {LEAST_RUNS} needed"
+        chosen = [run for run in chosen if run.stability["spread"] is not None]
+        found = result[env] = {"runs": len(chosen)}
+        if len(chosen) < LEAST_RUNS:
+            found["verdict"] = f"too few runs to say anything: {len(chosen)}, of {LEAST_RUNS} needed"
             continue
-        keys, x, y = (np.array(column, object) for column in zip(*pairs, strict=True))
-        x, y, ids = (
-            x.astype(float),
-            y.astype(float),
-            np.array([sorted(set(map(str, keys))).index(str(k)) for k in keys]),
-        )
-        centred = [v - np.bincount(ids, v)[ids] / np.bincount(ids)[ids] for v in (x, y)]
-        for name, (a, b) in (("", (x, y)), ("within_groups_", centred)):
-            result[env][f"{name}spearman"] = spearman(a, b)
-            result[env][f"{name}interval"] = bootstrap([a, b], spearman, seed, paired=True)
-        low, high = result[env]["interval"]
-        verdict = "a more stable SAD goes with a better return" if low > 0 else "no clear relation"
-        result[env]["verdict"] = "a more stable SAD goes with a worse return" if high < 0 else verdict
+        x, y = np.array([(-run.stability["spread"], run.final_return) for run in chosen]).T
+        _, ids, sizes = np.unique([str(run.group) for run in chosen], return_inverse=True, return_counts=True)
+        found["spearman"], found["interval"] = spearman(x, y), bootstrap([x, y], spearman, seed, paired=True)
+        large, words = sizes[ids] >= 3, "over all runs, with N:M and K mixed"
+        if large.sum() - len(np.unique(ids[large])) >= LEAST_RUNS:
+            a, b = ((v - (np.bincount(ids, v) / sizes)[ids])[large] for v in (x, y))
+            found["within_groups_spearman"] = spearman(a, b)
+            found["within_groups_interval"] = bootstrap([a, b], spearman, seed, paired=True)
+            words = "among runs of the same N:M and K"
+        low, high = found.get("within_groups_interval", found["interval"]) or (-1, 1)
+        direction = "better" if low > 0 else "worse"
+        clear = f"a more stable SAD goes with a {direction} return {words}"
+        found["verdict"] = clear if low > 0 or high < 0 else f"no clear relation {words}"
     return result
 
 
@@ -426,7 +469,7 @@ def write_csv(path: Path, runs: list[Run], points: int) -> None:
         for run in runs:
             table = binned(run.history, points) if run.history else {"step": []}
             for t in range(len(table["step"])):
-                head = [run.folder.name, table["step"][t], table["update"][t]]
+                head = [run.name, table["step"][t], table["update"][t]]
                 for name, layers in members(run.history).items():
                     active, count = run.history.active[layers].sum(), table["projections"][t]
                     sad, first, both = (table[key][t][layers].sum() for key in ("sad", "sad_first", "overlap"))
@@ -436,8 +479,8 @@ def write_csv(path: Path, runs: list[Run], points: int) -> None:
 
 
 def label(group: tuple) -> str:
-    _, pattern, k = group
-    return pattern if k < 0 else f"{pattern}, K = {k}" if k else f"{pattern}, masks fixed"
+    _, pattern, k, extra = group
+    return pattern + (f", K = {k}" if k > 0 else ", masks fixed" if k == 0 else "") + extra
 
 
 def show(runs: list[Run], groups: dict, across: dict, correlations: dict) -> None:
@@ -457,16 +500,16 @@ def show(runs: list[Run], groups: dict, across: dict, correlations: dict) -> Non
         if run.history:
             total, spread = run.sad["total"], run.stability["spread"]
             lives = [total["half_life"], total["newcomer_half_life"]]
-            lives = [f"{'>' * life['lower_bound']}{life['updates']:.0f}" for life in lives]
+            lives = [f"{'>' * x['lower_bound']}{x['updates']:.0f}" if x["updates"] else "-" for x in lives]
             back = f"{total['returned'] / total['entered']:.1%}" if total["entered"] else "-"
             shares = [f"{total[key]:.1%}" for key in ("never_active", "always_active")]
             columns = [f"{total['sad_rate_per_projection']:.3%}", *lives, *shares, back]
             columns.append("-" if spread is None else f"{spread:.2f}")
-        line(run.folder.name, [*columns, final])
+        line(run.name, [*columns, final])
         for note in run.notes:
             print(f"    {note}")
     print("\nfinal returns (mean of the last 10 evaluations; 95 % bootstrap intervals over seeds)")
-    for group, result in (groups | {("all, normalised", *key): value for key, value in across.items()}).items():
+    for group, result in (groups | {("all, ratio to dense", *key): value for key, value in across.items()}).items():
         parts = []
         for name in ("mean", "iqm"):
             bounds = result[f"{name}_interval"]
@@ -486,7 +529,7 @@ LINES, MARKERS = ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2))], [
 
 def style(group: tuple, groups: list[tuple]) -> dict:
     i = groups.index(group[1:])
-    return {"color": COLORS[i % 7], "linestyle": LINES[i % 6], "marker": MARKERS[i % 7]}
+    return {"color": COLORS[i % 7], "linestyle": LINES[i % 6], "marker": MARKERS[(i + i // 7) % 7]}
 
 
 def plot_over_time(runs: list[Run], points: int, path: Path) -> None:
@@ -508,12 +551,12 @@ def plot_over_time(runs: list[Run], points: int, path: Path) -> None:
             for run in curves:
                 faint = {"color": look["color"], "ls": look["linestyle"], "lw": 0.6, "alpha": 0.5}
                 bottom.plot(run.steps / 1000, run.returns, **faint)
-            if curves:
-                length = min(len(run.steps) for run in curves)
-                average = np.mean([run.returns[:length] for run in curves], axis=0)
-                thick = {**look, "markevery": max(1, length // 8), "ms": 4, "lw": 2}
-                seeds = f"{label(group)} ({len(curves)} seed{'s' * (len(curves) > 1)})"
-                bottom.plot(curves[0].steps[:length] / 1000, average, **thick, label=seeds)
+            if ended := [run for run in chosen if run.finished]:
+                steps = functools.reduce(np.intersect1d, [run.steps for run in ended])
+                average = np.mean([run.returns[np.isin(run.steps, steps)] for run in ended], axis=0)
+                thick = {**look, "markevery": max(1, len(steps) // 8), "ms": 4, "lw": 2}
+                seeds = f"{label(group)} ({len(ended)} seed{'s' * (len(ended) > 1)})"
+                bottom.plot(steps / 1000, average, **thick, label=seeds)
         top.set(yscale="log", ylabel="SAD of a projection\n(% of active entries)", title=env)
         middle.set(ylabel="active entries that are\nactive in the target, too (%)")
         bottom.set(xlabel="environment steps (thousands)", ylabel="evaluation return\n(thick: mean over seeds)")
@@ -528,7 +571,8 @@ def plot_matrices(runs: list[Run], path: Path) -> None:
     """SAD between any two steps, for the first run of each group."""
     first = {run.group: run for run in reversed(runs) if run.history}
     chosen = [first[group] for group in sorted(first)]
-    rows, columns = -(-len(chosen) // 3), min(3, len(chosen))
+    columns = math.isqrt(len(chosen) - 1) + 1
+    rows = -(-len(chosen) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(4 * columns, 3.6 * rows), squeeze=False)
     for axis in axes.flat[len(chosen) :]:
         axis.remove()
@@ -536,7 +580,7 @@ def plot_matrices(runs: list[Run], path: Path) -> None:
         history = run.history
         rates = 100 * history.matrix.sum(2) / history.active.sum()
         steps = history.steps[history.kept] / 1000
-        edges = [*steps, steps[-1] + run.interval / 1000]  # masks hold until the next projection
+        edges = [*steps, run.config["total_timesteps"] / 1000]  # masks hold until the next projection
         mesh = axis.pcolormesh(edges, edges, rates, cmap="cividis", rasterized=True)
         axis.set(xlabel="step (thousands)", ylabel="step (thousands)", aspect="equal")
         axis.set_title(f"{run.config['env_id']}, {label(run.group)}, seed {run.config['seed']}", fontsize=9)
@@ -546,23 +590,27 @@ def plot_matrices(runs: list[Run], path: Path) -> None:
 
 def plot_return_over_k(groups: dict, runs: list[Run], path: Path) -> None:
     """Final returns by K: each run, the mean and its interval."""
-    envs = sorted({env for env, _, _ in groups})
+    envs = sorted({env for env, *_ in groups})
     figure, axes = plt.subplots(1, len(envs), figsize=(5.2 * len(envs), 4), squeeze=False)
     for axis, env in zip(axes[0], envs, strict=True):
         mine = {group: result for group, result in groups.items() if group[0] == env}
-        patterns = sorted({pattern for _, pattern, _ in mine})
-        ks = sorted({k for _, _, k in mine}, key=lambda k: math.inf if k == 0 else k)  # dense, rarer and rarer, never
-        for i, pattern in enumerate(patterns):
+        patterns = sorted({(pattern, extra) for _, pattern, _, extra in mine})
+        ks = sorted(
+            {k for _, _, k, _ in mine}, key=lambda k: math.inf if k == 0 else k
+        )  # dense, rarer and rarer, never
+        for i, (pattern, extra) in enumerate(patterns):
             shift = 0.16 * (i - (len(patterns) - 1) / 2)
             look = {"color": COLORS[i % 7], "marker": MARKERS[i % 7]}
             for k in ks:
-                if (env, pattern, k) in mine:
-                    result, x = mine[env, pattern, k], ks.index(k) + shift
-                    values = [run.final_return for run in runs if run.group == (env, pattern, k) and run.finished]
+                if (env, pattern, k, extra) in mine:
+                    result, x = mine[env, pattern, k, extra], ks.index(k) + shift
+                    values = [
+                        run.final_return for run in runs if run.group == (env, pattern, k, extra) and run.finished
+                    ]
                     axis.plot([x - 0.05] * len(values), values, ls="", **look, ms=4, mfc="none", alpha=0.8)
                     low, high = result["mean_interval"] or (result["mean"], result["mean"])
                     error = [[result["mean"] - low], [high - result["mean"]]]
-                    name = pattern if k == next(j for j in ks if (env, pattern, j) in mine) else None
+                    name = pattern + extra if k == next(j for j in ks if (env, pattern, j, extra) in mine) else None
                     axis.errorbar(x + 0.05, result["mean"], error, **look, ms=8, capsize=4, label=name)
         axis.set_xticks(range(len(ks)), ["dense" if k < 0 else "never" if k == 0 else f"{k}" for k in ks])
         axis.set(
@@ -628,8 +676,8 @@ def make_example(out: Path) -> None:
 
 def analyse(args: Args) -> dict:
     """Read, compute and write everything. Returns what summary.json holds. Raises UsageError."""
-    if args.points < 2 or args.matrix_size < 2:
-        raise UsageError("--points and --matrix-size have to be 2 or more")
+    if args.points < 2 or args.matrix_size < 2 or args.seed < 0:
+        raise UsageError("--points and --matrix-size have to be 2 or more, --seed 0 or more")
     out = Path(args.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -645,7 +693,11 @@ def analyse(args: Args) -> dict:
             print(f"{folder} is left out: {error}", file=sys.stderr)
     if not runs:
         raise UsageError("no run could be read")
-    runs.sort(key=lambda run: (run.group, run.config["seed"], run.folder.name))
+    runs = separate(sorted(runs, key=lambda run: run.name))
+    names = Counter(run.name for run in runs)
+    for run in runs:
+        run.name = run.name if names[run.name] == 1 else str(run.folder)
+    runs.sort(key=lambda run: (run.group, run.config["seed"]))
     groups, across = compare_groups(runs, args.seed)
     correlations = correlate(runs, args.seed)
     show(runs, groups, across, correlations)
@@ -656,15 +708,15 @@ def analyse(args: Args) -> dict:
         entry |= {"seed": run.config["seed"], "final_return": run.final_return, "notes": run.notes}
         if run.history:
             entry |= {"projections": len(run.history.steps) - 1, "stability": run.stability, "sad": run.sad}
-        summary["runs"][run.folder.name] = entry
-    named = groups | {("all, normalised", *key): value for key, value in across.items()}
+        summary["runs"][run.name] = entry
+    named = groups | {("all, ratio to dense", *key): value for key, value in across.items()}
     summary["groups"] = {f"{group[0]}, {label(group)}": result for group, result in named.items()}
     with_masks = [run for run in runs if run.history]
     matrices = {}
     for run in with_masks:
-        matrices[f"{run.folder.name}/steps"] = run.history.steps[run.history.kept]
-        matrices[f"{run.folder.name}/sad"] = run.history.matrix
-        matrices[f"{run.folder.name}/layers"] = np.array(run.history.layers)
+        matrices[f"{run.name}/steps"] = run.history.steps[run.history.kept]
+        matrices[f"{run.name}/sad"] = run.history.matrix
+        matrices[f"{run.name}/layers"] = np.array(run.history.layers)
     (out / "summary.json").write_text(json.dumps(summary, indent=1))
     if with_masks:
         write_csv(out / "sad.csv", with_masks, args.points)
@@ -683,7 +735,7 @@ def main() -> int:
     args = tyro.cli(Args, description=__doc__)
     try:
         analyse(args)
-    except UsageError as error:
+    except (UsageError, OSError) as error:  # OSError: --out cannot be written
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:

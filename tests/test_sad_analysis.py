@@ -110,7 +110,15 @@ def test_a_history_whose_figures_are_known():
     assert figures["half_life"] == {"updates": 800, "lower_bound": True}  # 4 of 6 never leave
     assert figures["newcomer_half_life"] == {"updates": 100, "lower_bound": False}
     still = sad.summarise(history)["actor_target"]
-    assert still["sad"] == 0 and still["half_life"]["lower_bound"] and still["newcomer_half_life"]["lower_bound"]
+    assert still["sad"] == 0 and still["half_life"]["lower_bound"]
+    assert still["newcomer_half_life"] == {"updates": None, "lower_bound": False}  # there is none
+
+
+def test_the_bound_of_a_half_life_is_how_long_anything_was_followed():
+    steps = np.zeros((11, 1, 8), bool)
+    steps[:, 0, 0], steps[9:, 0, 1] = True, True
+    figures = sad.summarise(analyse({"actor.net.0": steps}, interval=100))["actor"]
+    assert figures["newcomer_half_life"] == {"updates": 100, "lower_bound": True}
 
 
 def test_half_life_is_that_of_exponential_decay_with_censoring():
@@ -120,7 +128,7 @@ def test_half_life_is_that_of_exponential_decay_with_censoring():
     masks = np.stack([lives > t for t in range(60)])
     history = analyse({"qf1.net.0": masks}, interval=7)
     durations = np.minimum(lives, 59).ravel() * 7
-    ours, bound = sad.half_life(durations, lives.ravel() < 60, 0.0)
+    ours, bound = sad.half_life(durations, lives.ravel() < 60)
     assert ours == pytest.approx(34.3 * 7, rel=0.08) and not bound
     assert ours == np.sort(durations)[len(durations) // 2 - 1]
     whole = sad.summarise(history)["qf1"]["half_life"]
@@ -159,18 +167,36 @@ def test_groups_are_compared_with_scipy_statistics():
     values = {("A", 1): [1, 2, 3, 10], ("A", 100): [4, 5, 6, 7], ("B", 1): [100, 300], ("B", 100): [200, 600]}
     runs = [run_of(env, k, seed, v) for (env, k), many in values.items() for seed, v in enumerate(many)]
     groups, across = sad.compare_groups(runs, seed=1)
-    found = groups["A", "2:4", 1]
+    found = groups["A", "2:4", 1, ""]
     assert found["runs"] == 4 and found["mean"] == 4 and found["iqm"] == 2.5
     low, high = found["mean_interval"]
     resamples = np.random.default_rng(0).choice([1, 2, 3, 10], (20_000, 4)).mean(1)
     assert [low, high] == pytest.approx(np.quantile(resamples, [0.025, 0.975]), abs=0.3)
-    assert groups["B", "2:4", 100]["mean_interval"] == [200, 600]
-    assert across["2:4", 100]["mean"] == pytest.approx(
-        np.mean([4 / 5.5, 5 / 5.5, 6 / 5.5, 7 / 5.5, 200 / 400, 600 / 400])
-    )
-    assert across["2:4", 1]["runs"] == 6
+    assert groups["B", "2:4", 100, ""]["mean_interval"] == [200, 600]
+    assert across == {}  # nothing to compare environments by
+    for env, many in {"A": [2, 4], "B": [100, 100]}.items():
+        for seed, value in enumerate(many):
+            runs.append(run_of(env, 1, seed, value))
+            for name in ("n", "m", "mask_update_interval"):
+                del runs[-1].config[name]
+    _, across = sad.compare_groups(runs, seed=1)
+    assert across["2:4", 100, ""]["mean"] == pytest.approx(np.mean([4 / 3, 5 / 3, 6 / 3, 7 / 3, 2, 6]))
+    assert across["2:4", 1, ""]["runs"] == 6 and across["dense", -1, ""]["mean"] == 1
+    assert across["dense", -1, ""]["mean_interval"] == [0.75, 1.5]  # A: [2, 4] over means of [2, 4]; B: 1
+    runs[-1].returns -= 1000
+    assert sad.compare_groups(runs, seed=1)[1] == {}  # ratios to what is not positive mean nothing
     alone, _ = sad.compare_groups(runs[:1], seed=1)
-    assert alone["A", "2:4", 1]["mean_interval"] is None
+    assert alone["A", "2:4", 1, ""]["mean_interval"] is None
+
+
+def test_runs_that_differ_in_other_flags_are_no_seeds_of_one_another(capsys):
+    runs = [run_of("A", 10, seed, 5) for seed in (1, 2, 3, 1)]
+    runs[1].config["tau"], runs[2].config["tau"] = 0.1, 0.2
+    runs[0].config["checkpoint_interval"] = 7
+    runs[3].folder = Path("newer")
+    kept = sad.separate(runs)
+    assert [run.group[3] for run in kept] == [", tau None", ", tau 0.1", ", tau 0.2"] and kept[0] is runs[3]
+    assert "A-10-1 is left out: it has the seed of newer" in capsys.readouterr().err
 
 
 def test_correlation_of_stability_and_return():
@@ -178,11 +204,12 @@ def test_correlation_of_stability_and_return():
     spreads = generator.random(12)
     runs = [run_of("A", 10, i, 100 - 50 * s, spread=s) for i, s in enumerate(spreads)]
     result = sad.correlate(runs, seed=1)["A"]
-    assert result["runs"] == 12 and result["spearman"] == pytest.approx(1) and "better return" in result["verdict"]
+    assert result["runs"] == 12 and result["spearman"] == pytest.approx(1)
+    assert result["verdict"] == "a more stable SAD goes with a better return among runs of the same N:M and K"
     noisy = [run_of("A", 10, i, generator.random(), spread=s) for i, s in enumerate(spreads)]
     result = sad.correlate(noisy, seed=1)["A"]
     expected = scipy.stats.spearmanr([-s for s in spreads], [run.final_return for run in noisy]).statistic
-    assert result["spearman"] == pytest.approx(expected) and result["verdict"] == "no clear relation"
+    assert result["spearman"] == pytest.approx(expected) and result["verdict"].startswith("no clear relation")
     assert result["interval"][0] < expected < result["interval"][1]
     few = sad.correlate(runs[:7], seed=1)["A"]
     assert few["verdict"] == "too few runs to say anything: 7, of 8 needed" and "spearman" not in few
@@ -192,6 +219,12 @@ def test_correlation_of_stability_and_return():
     ]
     result = sad.correlate(confounded, seed=1)["A"]
     assert result["spearman"] > 0.8 and abs(result["within_groups_spearman"]) < 0.1
+    assert result["verdict"] == "no clear relation among runs of the same N:M and K"
+    one_each = [run_of("A", k, 1, k, spread=1 / k) for k in range(1, 10)]  # a sweep of K: no group to look within
+    result = sad.correlate(one_each, seed=1)["A"]
+    assert "within_groups_spearman" not in result and result["verdict"].endswith("over all runs, with N:M and K mixed")
+    alike = sad.correlate([run_of("A", 10, i, 5, spread=0.5) for i in range(9)], seed=1)["A"]
+    assert alike["spearman"] == 0 and json.dumps(alike, allow_nan=False)
 
 
 @pytest.fixture(scope="module")
@@ -246,6 +279,8 @@ def damage(folder, kind):
         masks[4].write_bytes(masks[4].read_bytes()[:50])
     elif kind == "a mask file is being written":
         (folder / "masks" / "incomplete").write_bytes(b"half")
+    elif kind == "a copy of a mask file":
+        shutil.copy(masks[4], masks[4].with_name("000000080 (copy).npz"))
     elif kind == "masks of other shapes":
         np.savez(masks[4], step=1, update=80, bits=np.zeros(3, np.uint8))
     elif kind == "one projection":
@@ -267,6 +302,7 @@ def damage(folder, kind):
         "a mask file is truncated": "masks/000000080.npz cannot be read",
         "masks of other shapes": "masks/000000080.npz cannot be read (contents do not fit)",
         "a mask file is being written": "",
+        "a copy of a mask file": "",
         "one projection": "fewer than two projections",
         "cut off": "not finished (step 90 of 300): not among the returns",
         "no evaluations": "evaluations.csv cannot be read",
@@ -281,7 +317,9 @@ def test_broken_runs_are_named_and_used_as_far_as_they_go(real_runs, kind, messa
     out, err = capsys.readouterr()
     assert message in " ".join((out + err).split()) and "b" in summary["runs"]
     if kind.startswith(("a mask", "masks")):
-        assert summary["runs"]["a"]["projections"] == (14 if "written" in kind else 3)
+        assert summary["runs"]["a"]["projections"] == (14 if "written" in kind or "copy" in kind else 3)
+        if summary["runs"]["a"]["projections"] == 3:
+            assert summary["runs"]["a"]["stability"] == {"spread": None, "slope": None}
     if kind == "cut off":
         assert summary["runs"]["a"]["final_return"] is None and summary["runs"]["a"]["projections"] == 14
 
@@ -300,11 +338,12 @@ def test_bad_input_gets_one_line_and_exit_code_2(monkeypatch, capsys, real_runs)
         ("nowhere/*",): "error: nowhere/*: no such folder",
         ("empty",): "error: empty: no runs there",
         (real_runs[0], "--points", "1"): "error: --points and --matrix-size have to be 2 or more",
+        (real_runs[0], "--seed", "-1"): "error: --points and --matrix-size have to be 2 or more, --seed 0 or more",
         (real_runs[0], "--out", "file"): "error: --out file: cannot be made: File exists",
     }
     for arguments, message in cases.items():
         code, errors = main(monkeypatch, capsys, *arguments)
-        assert code == 2 and len(errors) == 1 and errors[0].startswith(message), errors
+        assert code == 2 and errors[-1].startswith(message) and "Traceback" not in "".join(errors), errors
 
 
 def test_only_dense_or_unfinished_runs_have_pictures_too(real_runs, monkeypatch, capsys):
