@@ -7,6 +7,7 @@ tables and figures. The run folders are in `runs/` of the folder where it was st
 import contextlib
 import csv
 import ctypes
+import functools
 import json
 import os
 import re
@@ -26,7 +27,7 @@ import scipy.stats
 import tyro
 from filelock import FileLock, Timeout
 
-from sad_analysis import COLORS, LAST, LINES, MARKERS, UsageError, bootstrap, iqm, mean, save
+from sad_analysis import COLORS, LAST, LINES, MARKERS, UsageError, bootstrap, estimate, iqm, mean, save
 
 HERE = Path(__file__).resolve().parent
 
@@ -37,7 +38,8 @@ class Args:
     patterns: tuple[str, ...] = ("dense", "2:4", "1:4", "1:8")  # `dense` (td3_continuous.py) or N:M
     seeds: tuple[str, ...] = ("1-3",)  # seeds, or ranges of them
     total_timesteps: int = 1_000_000  # length of each run, in environment steps; a longer one extends what is there
-    flags: str = ""  # more flags of the scripts, in one string: --flags="--eval-interval 10000"
+    flags: str = ""  # more flags of both scripts, in one string: --flags="--eval-interval 10000"
+    sparse_flags: str = ""  # more flags of the N:M runs: --sparse-flags="--mask-update-interval 100"
     out: str = (
         "results/sweep"  # folder of logs, copied results, commands and report; its name is part of the runs' names
     )
@@ -59,7 +61,7 @@ class Task:
     pattern: str
     seed: int
     total_timesteps: int
-    flags: str
+    flags: tuple[str, ...]
     out: Path  # absolute
     work: Path  # absolute: where `runs/` is
 
@@ -93,7 +95,7 @@ class Task:
         if self.pattern != "dense":
             n, m = self.pattern.split(":")
             command += ["--n", n, "--m", m]
-        return command + shlex.split(self.flags)
+        return [*command, *self.flags]
 
     def command(self) -> list[str] | None:
         """What brings the run to its end from where it is. None if it is there."""
@@ -102,7 +104,7 @@ class Task:
             return None
         if folders and checkpoint(folders[-1]) >= 0:
             resume = [sys.executable, self.script, "--resume", str(folders[-1].relative_to(self.work))]
-            return [*resume, "--total-timesteps", str(self.total_timesteps)]
+            return [*resume, "--total-timesteps", str(self.total_timesteps), "--env-id", self.env_id]
         return self.fresh_command()
 
 
@@ -120,7 +122,7 @@ def last_row(path: Path) -> dict[str, str]:
     try:
         rows = list(csv.DictReader(path.read_text().splitlines()))
         return next((row for row in reversed(rows) if all(value not in (None, "") for value in row.values())), {})
-    except OSError:
+    except (OSError, ValueError, csv.Error):  # not there yet, or damaged
         return {}
 
 
@@ -142,9 +144,21 @@ def tasks_of(args: Args) -> list[Task]:
             raise UsageError(f"--patterns {pattern}: give `dense` or N:M with 1 <= N <= M")
     if args.total_timesteps < 1 or args.retries < 0 or args.gpus < 0:
         raise UsageError("--total-timesteps has to be 1 or more, --retries and --gpus 0 or more")
-    out, work = Path(args.out).resolve(), Path.cwd()
-    combinations = [(e, p, s) for s in dict.fromkeys(seeds) for e in args.env_ids for p in args.patterns]
-    return [Task(*combination, args.total_timesteps, args.flags, out, work) for combination in combinations]
+    try:
+        flags, sparse_flags = tuple(shlex.split(args.flags)), tuple(shlex.split(args.sparse_flags))
+    except ValueError as error:
+        raise UsageError(f"--flags or --sparse-flags: {error}") from error
+    words = " ".join([*flags, *sparse_flags]).replace("=", " ")
+    for name in ("env-id", "seed", "exp-name", "total-timesteps", "resume", "evaluate", "n", "m", "eval-interval 0"):
+        if re.search(rf"--{name}( |$)", words.replace("_", "-")):
+            raise UsageError(f"--flags: --{name} is not for all runs; a sweep sets it, or needs it")
+    out, work, tasks = Path(args.out).resolve(), Path.cwd(), []
+    for seed in dict.fromkeys(seeds):
+        for env_id in args.env_ids:
+            for pattern in args.patterns:
+                mine = flags if pattern == "dense" else flags + sparse_flags
+                tasks.append(Task(env_id, pattern, seed, args.total_timesteps, mine, out, work))
+    return tasks
 
 
 # ---------------------------------------------------------------- one run
@@ -162,32 +176,44 @@ def die_with_parent() -> None:
 
 def run_task(task: Task) -> str:
     """Do, resume or skip a run, and copy its results. Returns its name. Raises RunFailed."""
-    command = task.command()
-    if command is not None:
-        if "--resume" in command:  # a run whose worker was killed may still be writing its checkpoint
-            FileLock(task.work / command[command.index("--resume") + 1] / "lock", timeout=60).acquire().lock.release()
-        task.log.parent.mkdir(parents=True, exist_ok=True)
-        with open(task.log, "a") as log:
-            print("$", shlex.join(command), file=log, flush=True)
-            variables = {**os.environ, "OMP_NUM_THREADS": "1"}
-            options = {"cwd": task.work, "env": variables, "stdout": log, "stderr": subprocess.STDOUT}
-            code = subprocess.run(command, **options, preexec_fn=die_with_parent).returncode
-        if code:
-            raise RunFailed(f"exit code {code}: {last_line(task.log)}")
+    task.log.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(task.log.with_suffix(".lock"), timeout=0):
+            for folder in task.folders()[-1:]:  # the process of a worker that was killed may still write its checkpoint
+                with contextlib.suppress(FileNotFoundError), FileLock(folder / "lock", timeout=60):
+                    pass
+            command = task.command()
+            if command is not None:
+                run_command(task, command)
+    except Timeout as error:
+        raise RunFailed(f"another process is at {task.name}: {error}") from error
     copy_results(task)
     return task.name
 
 
+def run_command(task: Task, command: list[str]) -> None:
+    with open(task.log, "a") as log:
+        print("$", shlex.join(command), file=log, flush=True)
+        options = {"cwd": task.work, "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
+        process = subprocess.Popen(command, **options, stdout=log, stderr=subprocess.STDOUT, preexec_fn=die_with_parent)
+        if code := process.wait():
+            reason = last_line(task.log)
+            print(f"failed with exit code {code}: {reason}", file=log)
+            raise RunFailed(f"exit code {code}: {reason}")
+
+
 def last_line(path: Path) -> str:
+    """The last line with words in it: what parses flags draws boxes around its errors."""
     lines = path.read_text(errors="replace").strip().splitlines() if path.exists() else []
-    return lines[-1] if lines else "no output"
+    words = [line.strip("\u2502 ") for line in lines if re.search(r"\w", line)]
+    return words[-1] if words else "no output"
 
 
 def copy_results(task: Task) -> None:
     """The small files of a run, so that a report needs no run folder."""
     folders = task.folders()
     if not folders or last_evaluation(folders[-1]) < 0:
-        return
+        raise RunFailed(f"no evaluation of {task.name} below {task.work}/runs")
     target = task.out / "runs" / task.name
     target.mkdir(parents=True, exist_ok=True)
     for name in ("config.json", "evaluations.csv"):
@@ -218,8 +244,8 @@ def state_of(task: Task) -> str:
             FileLock(folders[-1] / "lock", timeout=0).acquire().lock.release()
         except Timeout:
             return f"running, step {steps_done(task)}"
-    if task.log.exists() and last_line(task.log).startswith("error:"):
-        return f"failed: {last_line(task.log)}"
+    if task.log.exists() and (line := last_line(task.log)).startswith("failed with "):
+        return line
     if folders and checkpoint(folders[-1]) >= 0:
         return f"interrupted, goes on from step {checkpoint(folders[-1])}"
     return "waiting"
@@ -277,7 +303,8 @@ def write_slurm(tasks: list[Task], args: Args) -> Path:
     """An array script with one task a run."""
     out = Path(args.out)
     words = ["--env-ids", *args.env_ids, "--patterns", *args.patterns, "--seeds", *args.seeds]
-    words += ["--total-timesteps", str(args.total_timesteps), f"--flags={args.flags}", "--out", str(out.resolve())]
+    words += ["--total-timesteps", str(args.total_timesteps), "--out", str(out.resolve())]
+    words += [f"--flags={args.flags}", f"--sparse-flags={args.sparse_flags}"]
     script = f"""#!/usr/bin/env bash
 # Each task starts a run, or resumes it; add what your cluster wants (--partition, --account, --time).
 #SBATCH --job-name={out.name}
@@ -297,11 +324,20 @@ exec {shlex.join([sys.executable, str(HERE / "sweep.py"), *words])} --task "$SLU
 # ---------------------------------------------------------------- report
 
 
+def read_plan(out: Path) -> dict[str, list]:
+    """All runs that were ever asked for in this folder: name to environment, pattern, seed, steps and flags."""
+    try:
+        return json.loads((out / "sweep.json").read_text())
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise UsageError(f"{out / 'sweep.json'} is damaged ({error}); delete it and start the sweep again") from error
+
+
 def read_results(out: Path) -> tuple[dict, list[str]]:
     """(environment, pattern) to a list of (seed, steps, means, speed) of its ended runs; and what is missing."""
     results, missing = defaultdict(list), []
-    plan = json.loads((out / "sweep.json").read_text()) if (out / "sweep.json").exists() else []
-    for name, env_id, pattern, seed, total in plan:
+    for name, (env_id, pattern, seed, total, _) in read_plan(out).items():
         folder = out / "runs" / name
         try:
             rows = list(csv.DictReader((folder / "evaluations.csv").read_text().splitlines()))
@@ -332,6 +368,24 @@ def with_interval(value: float, bounds: list[float] | None, form: str) -> str:
     return f"{value:{form}}" + (f" [{bounds[0]:{form}}, {bounds[1]:{form}}]" if bounds else "")
 
 
+def across(results: dict, envs: list[str]) -> list[str]:
+    """Table over all environments: returns as ratios to the mean of dense, where that is positive."""
+    usable = [env for env in envs if (env, "dense") in results and final(results[env, "dense"]).min() > 0]
+    if len(usable) < 2:
+        return []
+    lines = [f"## {', '.join(usable)}: ratio to the mean of dense", ""]
+    lines += ["| | runs | mean | interquartile mean |", "|---|---|---|---|"]
+    dense = [final(results[env, "dense"]) for env in usable]
+    for pattern in dict.fromkeys(pattern for _, pattern in results):
+        if all((env, pattern) in results for env in usable):
+            found = estimate([final(results[env, pattern]) for env in usable], 1, dense)
+            cells = [with_interval(found[name], found[f"{name}_interval"], ".2f") for name in ("mean", "iqm")]
+            lines.append(f"| {pattern} | {found['runs']} | {cells[0]} | {cells[1]} |")
+    left_out = [env for env in envs if env not in usable]
+    lines += ["", "Intervals are resampled within each environment (stratified), dense too."]
+    return [*lines, *[f"Left out, without dense runs of positive return: {', '.join(left_out)}."] * bool(left_out), ""]
+
+
 def report(out: Path) -> str:
     """Write report.md and its figures; returns its text. Raises UsageError."""
     results, missing = read_results(out)
@@ -340,51 +394,36 @@ def report(out: Path) -> str:
     lines = [
         f"# {out.name}",
         "",
-        f"Final return: mean of the last {LAST} evaluations of a run. Brackets: 95 % bootstrap intervals over seeds.",
+        f"Final return: mean of the last {LAST} evaluations of a run. Brackets: 95 % bootstrap",
     ]
-    lines += ["With two or three seeds they mean little: they cannot reach beyond the runs that there are.", ""]
+    lines += [
+        "intervals over seeds; with two or three seeds they mean little, since they cannot reach beyond the runs that"
+    ]
+    lines += ["there are, and the interquartile mean of fewer than four is the mean.", ""]
     envs = list(dict.fromkeys(env for env, _ in results))
-    table = defaultdict(dict)
+    header = "| | seeds | mean +- std | interquartile mean | ratio to dense | P(better than dense) | steps/s | hours |"
     for env in envs:
-        lines += [
-            f"## {env}",
-            "",
-            "| | seeds | mean +- std | interquartile mean | ratio to dense | P(better than dense) | steps/s | hours |",
-        ]
-        lines += ["|---|---|---|---|---|---|---|---|"]
+        lines += [f"## {env}", "", header, "|---|---|---|---|---|---|---|---|"]
         dense = final(results[env, "dense"]) if (env, "dense") in results else None
         for pattern in [pattern for e, pattern in results if e == env]:
-            runs = results[env, pattern]
-            values = final(runs)
-            table[pattern][env] = values
-            std = f"{values.std(ddof=1):.0f}" if len(values) > 1 else "-"
-            cells = [f"{pattern}", f"{len(values)}", f"{values.mean():.0f} +- {std}"]
-            cells.append(with_interval(iqm(values), bootstrap([values], iqm, 1), ".0f"))
+            runs, values = results[env, pattern], final(results[env, pattern])
+            std = f"{values.std(ddof=1):.3g}" if len(values) > 1 else "-"
+            cells = [pattern, f"{len(values)}", f"{values.mean():.4g} +- {std}"]
+            cells.append(with_interval(iqm(values), bootstrap([values], iqm, 1), ".4g"))
             if dense is not None and pattern != "dense":
-                cells.append(with_interval(ratio(values, dense), bootstrap([values, dense], ratio, 1), ".2f"))
-                cells.append(
-                    with_interval(improvement(values, dense), bootstrap([values, dense], improvement, 1), ".2f")
-                )
+                positive = dense.min() > 0  # a ratio to what may be zero or less means nothing
+                ratios = (ratio(values, dense), bootstrap([values, dense], ratio, 1)) if positive else ()
+                cells.append(with_interval(*ratios, ".2f") if positive else "-")
+                better = improvement(values, dense), bootstrap([values, dense], improvement, 1)
+                cells.append(with_interval(*better, ".2f"))
             else:
                 cells += ["", ""]
             speeds = [speed["step"] / speed["seconds"] for *_, speed in runs if speed["seconds"]]
-            hours = [speed["seconds"] / 3600 for *_, speed in runs]
-            cells += [f"{np.mean(speeds):.0f}" if speeds else "-", f"{np.mean(hours):.2f}"]
+            cells += [f"{np.mean(speeds):.0f}" if speeds else "-"]
+            cells += [f"{np.mean([speed['seconds'] for *_, speed in runs]) / 3600:.2f}"]
             lines.append("| " + " | ".join(cells) + " |")
         lines.append("")
-    everywhere = [pattern for pattern, by_env in table.items() if set(by_env) == set(envs)]
-    if len(envs) > 1 and "dense" in everywhere:
-        lines += [
-            "## All environments, normalised by the mean of dense",
-            "",
-            "| | runs | mean | interquartile mean |",
-            "|---|---|---|---|",
-        ]
-        for pattern in everywhere:
-            strata = [table[pattern][env] / table["dense"][env].mean() for env in envs]
-            cells = [with_interval(f(*strata), bootstrap(strata, f, 1), ".2f") for f in (mean, iqm)]
-            lines.append(f"| {pattern} | {sum(map(len, strata))} | {cells[0]} | {cells[1]} |")
-        lines += ["", "Intervals are resampled within each environment (stratified).", ""]
+    lines += across(results, envs)
     lines += ["![learning curves](curves.png)", "", "![final returns](returns.png)", ""]
     lines += ["Missing: " + ("none." if not missing else ""), *[f"- {line}" for line in missing], ""]
     plot_curves(results, envs, out / "curves.png")
@@ -413,8 +452,9 @@ def plot_curves(results: dict, envs: list[str], path: Path) -> None:
             runs = results.get((env, pattern), [])
             if not runs:
                 continue
-            length = min(len(steps) for _, steps, _, _ in runs)
-            steps, curves = runs[0][1][:length] / 1e3, np.stack([means[:length] for _, _, means, _ in runs])
+            steps = functools.reduce(np.intersect1d, [steps for _, steps, _, _ in runs])
+            curves = np.stack([means[np.isin(own, steps)] for _, own, means, _ in runs])
+            length, steps = len(steps), steps / 1e3
             label = f"{pattern} ({len(runs)} seed{'s' * (len(runs) > 1)})"
             axis.plot(steps, curves.mean(0), **look, markevery=max(1, length // 8), ms=4, lw=2, label=label)
             for curve in curves:
@@ -469,10 +509,20 @@ def sweep(args: Args) -> int:
     out = Path(args.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        plan = [(task.name, task.env_id, task.pattern, task.seed, task.total_timesteps) for task in tasks]
-        (out / "sweep.json").write_text(json.dumps(plan, indent=1))
-        commands = [shlex.join(["python", Path(task.script).name, *task.fresh_command()[2:]]) for task in tasks]
-        (out / "commands.txt").write_text("\n".join(commands) + "\n")
+        plan, asked = read_plan(out), {}
+        for task in tasks:
+            asked[task.name] = [task.env_id, task.pattern, task.seed, task.total_timesteps, list(task.flags)]
+            before = plan.get(task.name, asked[task.name])
+            if before[4] != asked[task.name][4]:
+                flags = shlex.join(before[4]) or "none"
+                raise UsageError(
+                    f"--out {out}: {task.name} was started with other flags ({flags}); give those, or a new --out"
+                )
+        (out / "sweep.incomplete").write_text(json.dumps(plan | asked, indent=1))
+        os.replace(out / "sweep.incomplete", out / "sweep.json")
+        lines = (out / "commands.txt").read_text().splitlines() if (out / "commands.txt").exists() else []
+        lines += [shlex.join(["python", Path(task.script).name, *task.fresh_command()[2:]]) for task in tasks]
+        (out / "commands.txt").write_text("\n".join(dict.fromkeys(lines)) + "\n")
     except OSError as error:
         raise UsageError(f"--out {out}: cannot be written: {error.strerror}") from error
     if args.slurm:
@@ -489,7 +539,7 @@ def main() -> int:
     args = tyro.cli(Args, description=__doc__)
     try:
         return sweep(args)
-    except (UsageError, RunFailed) as error:
+    except (UsageError, RunFailed, OSError) as error:  # OSError: a disk that is full, say
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:

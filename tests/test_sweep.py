@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import scipy.stats
 
 import sweep
 
@@ -59,6 +58,9 @@ def test_tasks_and_commands():
         "--patterns 4:2": "--patterns 4:2: give `dense` or N:M",
         "--patterns sparse": "--patterns sparse: give `dense`",
         "--total-timesteps 0": "--total-timesteps has to be 1 or more",
+        "--flags='": "--flags or --sparse-flags: No closing quotation",
+        "--flags=--seed=3": "--flags: --seed is not for all runs",
+        "--flags=--eval-interval=0": "--flags: --eval-interval 0 is not for all runs",
         "--task 99": "--task 99: give a number from 0 to",
         "--report nowhere": "--report nowhere: no finished runs there",
         "--out file/x": "--out file/x: cannot be written: Not a directory",
@@ -104,7 +106,53 @@ def test_a_failed_task_says_why():
     task = tasks(flags=TINY + " --gamma 7")[0]
     with pytest.raises(sweep.RunFailed, match=r"exit code 2: error: --gamma is 7\.0; give a number from 0 to 1"):
         sweep.run_task(task)
-    assert sweep.state_of(task) == "failed: error: --gamma is 7.0; give a number from 0 to 1"
+    assert sweep.state_of(task) == "failed with exit code 2: error: --gamma is 7.0; give a number from 0 to 1"
+    task = tasks(flags=TINY + " --no-such-flag")[1]
+    with pytest.raises(sweep.RunFailed, match=r"exit code 2: .*\w"):  # tyro draws a box
+        sweep.run_task(task)
+
+
+def test_a_task_is_not_done_twice_at_once(monkeypatch):
+    task = tasks()[0]
+    task.log.parent.mkdir(parents=True)
+    with sweep.FileLock(task.log.with_suffix(".lock")), pytest.raises(sweep.RunFailed, match="another process is at"):
+        sweep.run_task(task)
+    assert not Path("runs").exists()
+
+
+def test_a_later_call_adds_to_the_sweep_and_cannot_change_its_flags(monkeypatch, capsys):
+    calls = []
+    monkeypatch.setattr(sweep, "run_on_ray", lambda tasks, args: calls.append(len(tasks)) or 0)
+    for flags in (
+        "--seeds 1-2",
+        "--seeds 2-3 --env-ids B-v0 A-v1",
+        "--seeds 9 --sparse-flags=--mask-update-interval=9",
+    ):
+        monkeypatch.setattr(
+            sys,
+            "argv",
+            ["sweep.py", *["--env-ids", "A-v1", "--patterns", "dense", "2:4", "--out", "out"], *flags.split()],
+        )
+        assert sweep.main() == 0
+    plan = sweep.read_plan(Path("out"))
+    assert calls == [4, 8, 2] and len(plan) == 4 + 6 + 2
+    assert plan["A-v1__2_4__9"][4] == ["--mask-update-interval=9"] and plan["A-v1__dense__9"][4] == []
+    assert len(Path("out/commands.txt").read_text().splitlines()) == 12
+    monkeypatch.setattr(sys, "argv", ["sweep.py", "--env-ids", "A-v1", "--out", "out", "--flags=--gamma 0.5"])
+    assert sweep.main() == 2
+    assert "A-v1__dense__1 was started with other flags (none); give those, or a new --out" in capsys.readouterr().err
+    assert sweep.read_plan(Path("out")) == plan
+
+
+def test_an_environment_of_a_module_is_resumed():
+    task = tasks(env_ids=("environments:Scripted-v0",), patterns=("2:4",), seeds=("1",), total=100)[0]
+    os.environ["PYTHONPATH"] = str(Path(__file__).parent)
+    try:
+        sweep.run_task(task)
+        sweep.run_task(tasks(env_ids=(task.env_id,), patterns=("2:4",), seeds=("1",), total=150)[0])
+    finally:
+        del os.environ["PYTHONPATH"]
+    assert "resumed at step 100" in task.log.read_text()
 
 
 def test_a_run_ends_with_the_worker_that_started_it():
@@ -148,11 +196,11 @@ def test_slurm_script_runs_its_tasks():
 
 def made_up(out, values):
     """Results as they are copied: `values`: (env, pattern) to final returns by seed."""
-    plan = []
+    plan = {}
     for (env, pattern), returns in values.items():
         for seed, value in enumerate(returns):
             name = f"{env}__{pattern.replace(':', '_')}__{seed}"
-            plan.append((name, env, pattern, seed, 100))
+            plan[name] = [env, pattern, seed, 100, []]
             if value is None:
                 continue
             folder = Path(out, "runs", name)
@@ -161,14 +209,14 @@ def made_up(out, values):
                 writer = csv.writer(file)
                 writer.writerows([("step", "mean", "std"), *[(step, value, 0) for step in range(5, 105, 5)]])
             (folder / "speed.json").write_text(json.dumps({"step": 100, "seconds": 50}))
+    Path(out).mkdir(exist_ok=True)
     Path(out, "sweep.json").write_text(json.dumps(plan))
 
 
 def test_report_states_the_statistics_of_the_field():
     dense, sparse = [10.0, 20, 30, 40, 50], [20.0, 30, 40, 50, 90]
-    made_up(
-        "out", {("A", "dense"): dense, ("A", "2:4"): sparse, ("B", "dense"): [100, 200], ("B", "2:4"): [90, 120, None]}
-    )
+    values = {("A", "dense"): dense, ("A", "2:4"): sparse, ("B", "dense"): [100, 200], ("B", "2:4"): [90, 120, None]}
+    made_up("out", values | {("C", "dense"): [-9, -11], ("C", "2:4"): [-20, -30]})
     text = sweep.report(Path("out"))
     assert text == Path("out/report.md").read_text()
     row = next(line for line in text.splitlines() if line.startswith("| 2:4 | 5 |")).split(" | ")
@@ -181,7 +229,8 @@ def test_report_states_the_statistics_of_the_field():
     normalised = next(line for line in text.splitlines() if line.startswith("| 2:4 | 7 |"))
     assert f"| {np.mean([*np.array(sparse) / 30, 90 / 150, 120 / 150]):.2f} [" in normalised
     assert "- B__2_4__2: " in text and "A__" not in text.split("Missing:")[1]
-    assert scipy.stats.trim_mean(sparse, 0.25) == 40
+    negative = next(line for line in text.splitlines() if line.startswith("| 2:4 | 2 | -25"))
+    assert " | - | 0.00 [0.00, 0.00] | " in negative and "Left out, without dense runs of positive return: C." in text
 
 
 RAY = pytest.mark.skipif(
