@@ -354,27 +354,27 @@ def read_run(folder: Path, matrix_size: int) -> Run:
 # ---------------------------------------------------------------- statistics
 
 
-def bootstrap(samples: list[np.ndarray], statistic: Callable[..., float], seed: int, paired: bool = False):
+def bootstrap(samples: list[np.ndarray], statistic: Callable[..., np.ndarray], seed: int, paired: bool = False):
     """95 % percentile bootstrap; `samples` are resampled each for itself (strata), or together (paired).
 
-    Returns None where there are fewer than two values in one.
+    `statistic` takes them with an axis, unless they are paired. Returns None where one has fewer than two values.
     """
     if min(map(len, samples)) < 2:
         return None
-    options = {"n_resamples": RESAMPLES, "method": "percentile", "paired": paired, "vectorized": False}
+    options = {"n_resamples": RESAMPLES, "method": "percentile", "paired": paired, "vectorized": not paired}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of samples that are all alike
         found = scipy.stats.bootstrap(samples, statistic, **options, rng=np.random.default_rng(seed))
     return [float(bound) for bound in found.confidence_interval]
 
 
-def mean(*strata: np.ndarray) -> float:
-    return float(np.concatenate(strata).mean())
+def mean(*strata: np.ndarray, axis: int = -1) -> np.ndarray:
+    return np.concatenate(strata, axis=axis).mean(axis)
 
 
-def iqm(*strata: np.ndarray) -> float:
+def iqm(*strata: np.ndarray, axis: int = -1) -> np.ndarray:
     """Interquartile mean."""
-    return float(scipy.stats.trim_mean(np.concatenate(strata), 0.25))
+    return scipy.stats.trim_mean(np.concatenate(strata, axis=axis), 0.25, axis=axis)
 
 
 def spearman(x: np.ndarray, y: np.ndarray) -> float:
@@ -390,12 +390,14 @@ def estimate(strata: list[np.ndarray], seed: int, scales: Sequence[np.ndarray] =
     result = {"runs": sum(map(len, strata))}
     for name, statistic in (("mean", mean), ("iqm", iqm)):
 
-        def scaled(*samples, statistic=statistic):
+        def scaled(*samples, axis=-1, statistic=statistic):
             ours, theirs = samples[: len(strata)], samples[len(strata) :]
-            return statistic(*[x / y.mean() for x, y in zip(ours, theirs, strict=True)] if scales else ours)
+            pairs = zip(ours, theirs, strict=True) if scales else ()
+            ratios = [x / y.mean(axis, keepdims=True) for x, y in pairs]
+            return statistic(*(ratios or ours), axis=axis)
 
         everything = [*strata, *scales]
-        result[name], result[f"{name}_interval"] = scaled(*everything), bootstrap(everything, scaled, seed)
+        result[name], result[f"{name}_interval"] = float(scaled(*everything)), bootstrap(everything, scaled, seed)
     return result
 
 

@@ -355,13 +355,13 @@ def final(runs: list[tuple]) -> np.ndarray:
     return np.array([means[-LAST:].mean() for _, _, means, _ in runs])
 
 
-def ratio(a: np.ndarray, b: np.ndarray) -> float:
-    return float(a.mean() / b.mean())
+def ratio(a: np.ndarray, b: np.ndarray, axis: int = -1) -> np.ndarray:
+    return a.mean(axis) / b.mean(axis)
 
 
-def improvement(a: np.ndarray, b: np.ndarray) -> float:
+def improvement(a: np.ndarray, b: np.ndarray, axis: int = -1) -> np.ndarray:
     """Probability that a run of a is better than one of b (ties count half): Mann and Whitney's U over all pairs."""
-    return float(scipy.stats.mannwhitneyu(a, b).statistic / (len(a) * len(b)))
+    return scipy.stats.mannwhitneyu(a, b, axis=axis, method="asymptotic").statistic / (a.shape[axis] * b.shape[axis])
 
 
 def with_interval(value: float, bounds: list[float] | None, form: str) -> str:

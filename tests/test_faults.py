@@ -292,21 +292,15 @@ def test_a_checkpoint_for_which_there_is_no_room_costs_a_line_and_no_run():
 )
 def test_a_full_disk_stops_a_run_with_a_line_and_it_can_go_on(file, size, changes):
     """The limit holds for each file, so the one that outgrows it is known."""
-    settings = {**TINY, "total_timesteps": 400, **changes}
-    whole = start(rnm, *flags_of({**settings, "exp_name": "whole"}))
-    whole_folder = folder_of(whole)
-    whole.communicate(timeout=60)
-    process = start(rnm, *flags_of({**settings, "total_timesteps": 30, "exp_name": "parts"}))
-    folder = folder_of(process)
-    process.communicate(timeout=60)
+    settings = {**TINY, "total_timesteps": 400, "checkpoint_interval": 100, **changes}
+    _, _, whole_folder = rnm.train(rnm.Args(**settings, exp_name="whole"))
+    _, _, folder = rnm.train(rnm.Args(**{**settings, "total_timesteps": 30}, exp_name="parts"))
     process = start(rnm, "--resume", folder, "--total-timesteps", "400", preexec_fn=limit(size))
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1 and "Traceback" not in err, err
     assert err.splitlines()[-1].startswith("error: step ") and "File too large" in err.splitlines()[-1]
     assert f"; --resume {folder} goes on from step " in err.splitlines()[-1]
-    process = start(rnm, "--resume", folder)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 0, err
+    rnm.train(rnm.Args(**settings, exp_name="parts", resume=str(folder)))
     name = "checkpoints/000000400/agent.safetensors"
     assert (folder / name).read_bytes() == (whole_folder / name).read_bytes()
     for name in ("episodes.csv", "evaluations.csv"):
@@ -653,6 +647,9 @@ def test_nothing_of_the_environment_variables_reaches_the_files():
     command = [sys.executable, ROOT / "rnm_td3_continuous.py", "--resume", folder, "--total-timesteps", "70"]
     resumed = subprocess.run(command, env=variables, capture_output=True, text=True)
     assert resumed.returncode == 0, resumed.stderr
+    (file,) = run.glob("run-*.wandb")
+    for name in (b"losses/qf1_loss", b"charts/episodic_return", b"density/actor", b"rnm-td3"):
+        assert name in file.read_bytes()
     runs = list(Path("wandb").glob("offline-run-*"))
     assert {path.name.split("-")[-1] for path in runs} == {run.name.split("-")[-1]}  # the same run goes on
     texts = [result.stdout, result.stderr, resumed.stdout, resumed.stderr]

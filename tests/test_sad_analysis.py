@@ -199,7 +199,8 @@ def test_runs_that_differ_in_other_flags_are_no_seeds_of_one_another(capsys):
     assert "A-10-1 is left out: it has the seed of newer" in capsys.readouterr().err
 
 
-def test_correlation_of_stability_and_return():
+def test_correlation_of_stability_and_return(monkeypatch):
+    monkeypatch.setattr(sad, "RESAMPLES", 1000)
     generator = np.random.default_rng(0)
     spreads = generator.random(12)
     runs = [run_of("A", 10, i, 100 - 50 * s, spread=s) for i, s in enumerate(spreads)]
