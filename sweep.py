@@ -8,6 +8,7 @@ import contextlib
 import csv
 import ctypes
 import functools
+import glob
 import json
 import os
 import re
@@ -70,6 +71,10 @@ class Task:
         return f"{self.env_id.replace('/', '_')}__{self.pattern.replace(':', '_')}__{self.seed}"
 
     @property
+    def exp_name(self) -> str:
+        return f"{self.out.name}__{self.pattern.replace(':', '_')}"
+
+    @property
     def log(self) -> Path:
         return self.out / "logs" / f"{self.name}.log"
 
@@ -79,19 +84,16 @@ class Task:
 
     def folders(self) -> list[Path]:
         """Its run folders, the one to go on with last: finished, or with the newest checkpoint."""
-        exp_name = f"{self.out.name}__{self.pattern.replace(':', '_')}"
-        pattern = f"{glob_escape(self.env_id.replace('/', '_'))}__{glob_escape(exp_name)}__{self.seed}__*"
-        return sorted(
-            (self.work / "runs").glob(pattern), key=lambda path: (self.finished(path), checkpoint(path), path)
-        )
+        prefix = f"{self.env_id.replace('/', '_')}__{self.exp_name}__{self.seed}__"
+        found = (self.work / "runs").glob(glob.escape(prefix) + "*")
+        return sorted(found, key=lambda path: (self.finished(path), checkpoint(path), path))
 
     def finished(self, folder: Path) -> bool:
         return last_evaluation(folder) >= self.total_timesteps
 
     def fresh_command(self) -> list[str]:
-        exp_name = f"{self.out.name}__{self.pattern.replace(':', '_')}"
         command = [sys.executable, self.script, "--env-id", self.env_id, "--seed", str(self.seed)]
-        command += ["--total-timesteps", str(self.total_timesteps), "--exp-name", exp_name]
+        command += ["--total-timesteps", str(self.total_timesteps), "--exp-name", self.exp_name]
         if self.pattern != "dense":
             n, m = self.pattern.split(":")
             command += ["--n", n, "--m", m]
@@ -106,10 +108,6 @@ class Task:
             resume = [sys.executable, self.script, "--resume", str(folders[-1].relative_to(self.work))]
             return [*resume, "--total-timesteps", str(self.total_timesteps), "--env-id", self.env_id]
         return self.fresh_command()
-
-
-def glob_escape(text: str) -> str:
-    return re.sub(r"([*?[])", r"[\1]", text)
 
 
 def checkpoint(folder: Path) -> int:

@@ -12,6 +12,7 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -100,6 +101,11 @@ def test_a_second_interrupt_ends_a_run_that_hangs_and_the_checkpoint_is_whole():
 
 def test_signals_that_are_ignored_stay_so(monkeypatch):
     """As `nohup` and a shell's `&` ask for; and a thread, which cannot have handlers, can train."""
+    trained = []
+    thread = threading.Thread(target=lambda: trained.append(rnm.train(rnm.Args(**TINY))))
+    thread.start()
+    thread.join()
+    assert trained[0][1].size == 60
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         signals = rnm.StopSignals()
@@ -514,6 +520,17 @@ def test_lies_in_the_state_end_in_one_line(script, keys, monkeypatch, capsys):
         assert code == 0 and Path("state").read_text() == "not of the run"
     else:
         assert code == 2 and len([line for line in errors if line.startswith("error")]) == 1, errors
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_wall_time_and_last_returns_go_on(script, capsys):
+    _, _, folder = script.train(script.Args(**TINY))
+    forge(folder, {"log/seconds": 5000.0, "log/returns": [-7.0, 123.0]})
+    capsys.readouterr()
+    script.train(script.Args(**{**TINY, "total_timesteps": 61}, resume=str(folder)))
+    assert "evaluation 123.0" in capsys.readouterr().out
+    script.train(script.Args(**{**TINY, "total_timesteps": 90}, resume=str(folder)))
+    assert 5000 < float((folder / "episodes.csv").read_text().splitlines()[-1].split(",")[-1]) < 5100
 
 
 ENV_LIES = {

@@ -1,0 +1,30 @@
+"""Checkpoints of a full replay buffer: 950 000 new transitions at once, then 50 000 twice; and reading one."""
+
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from rnm_td3_continuous import TD3, Args, Checkpoints, ReplayBuffer
+
+for size in (256, 1024):
+    low, high = np.full(6, -1, np.float32), np.full(6, 1, np.float32)  # HalfCheetah's sizes
+    agent = TD3(17, low, high, Args(n=1, m=4, hidden_sizes=(size, size)), torch.device("cpu"))
+    buffer, again = ReplayBuffer(1_000_000, 17, 6), ReplayBuffer(1_000_000, 17, 6)
+    buffer.rows.normal_()
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        checkpoints = Checkpoints(Path(folder))
+        for added in (950_000, 1_000_000, 1_050_000):
+            buffer.added, buffer.size = added, min(added, 1_000_000)
+            start = time.perf_counter()
+            checkpoints.write(added, {}, agent, buffer)
+            print(f"hidden size {size}, {added:9} transitions: written in {time.perf_counter() - start:.3f} s")
+        start, reader = time.perf_counter(), Checkpoints(Path(folder))
+        reader.read()
+        reader.read_replay(again)
+        assert torch.equal(buffer.rows, again.rows)
+        print(f"read and compared in {time.perf_counter() - start:.3f} s")
