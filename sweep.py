@@ -140,8 +140,10 @@ def tasks_of(args: Args) -> list[Task]:
         match = re.fullmatch(r"dense|(\d+):(\d+)", pattern)
         if not match or (match[1] and not 1 <= int(match[1]) <= int(match[2])):
             raise UsageError(f"--patterns {pattern}: give `dense` or N:M with 1 <= N <= M")
-    if args.total_timesteps < 1 or args.retries < 0 or args.gpus < 0:
-        raise UsageError("--total-timesteps has to be 1 or more, --retries and --gpus 0 or more")
+    if args.total_timesteps < 1 or args.retries < 0:
+        raise UsageError("--total-timesteps has to be 1 or more, --retries 0 or more")
+    if args.gpus < 0 or (args.gpus > 1 and args.gpus % 1) or round(args.gpus, 4) != args.gpus:  # Ray's own rules
+        raise UsageError(f"--gpus {args.gpus:g}: give a whole number, or a share such as 0.25")
     try:
         flags, sparse_flags = tuple(shlex.split(args.flags)), tuple(shlex.split(args.sparse_flags))
     except ValueError as error:
@@ -194,7 +196,14 @@ def run_command(task: Task, command: list[str]) -> None:
         print("$", shlex.join(command), file=log, flush=True)
         options = {"cwd": task.work, "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
         process = subprocess.Popen(command, **options, stdout=log, stderr=subprocess.STDOUT, preexec_fn=die_with_parent)
-        if code := process.wait():
+        try:
+            while (code := process.poll()) is None:
+                time.sleep(0.2)  # `wait` would not be interrupted by Ray's cancel
+        except KeyboardInterrupt:
+            process.terminate()  # the run writes a checkpoint
+            process.wait()
+            raise
+        if code:
             reason = last_line(task.log)
             print(f"failed with exit code {code}: {reason}", file=log)
             raise RunFailed(f"exit code {code}: {reason}")
@@ -264,36 +273,60 @@ def progress(tasks: list[Task], finished: int, failed: int, history: list[tuple[
     return line
 
 
+def usable_cores() -> int | None:
+    """Cores that taskset or Slurm left to this process; None, which is Ray's own count, where they took none away."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return None if usable == os.cpu_count() else usable
+
+
 def run_on_ray(tasks: list[Task], args: Args) -> int:
     """Returns how many failed."""
+    if args.address:
+        os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "1")  # a try takes 40 s; Ray's 20 would hide a wrong address
     try:
         import ray
     except ImportError as error:
         raise UsageError("Ray is missing: pip install -r requirements-sweep.txt, or see --slurm") from error
 
-    options = {"address": args.address} if args.address else {"num_cpus": os.cpu_count(), "include_dashboard": False}
+    options = {} if args.address else {"num_cpus": usable_cores(), "include_dashboard": False}
     try:
-        ray.init(**options, log_to_driver=False, logging_level="ERROR")
+        ray.init(args.address or "local", **options, log_to_driver=False, logging_level="ERROR")
     except Exception as error:
-        raise UsageError(f"--address {args.address}: {error!r}") from error
+        where = f"--address {args.address}" if args.address else "Ray could not be started on this machine"
+        raise UsageError(f"{where}: {error}") from error
+    there = ray.cluster_resources().get("GPU", 0)
+    if there < args.gpus:
+        if not args.address:
+            raise UsageError(f"--gpus {args.gpus:g}: Ray finds {there:g} GPUs on this machine; leave it out for CPUs")
+        print(f"--gpus {args.gpus:g}: the cluster has {there:g} GPUs now; runs wait until it has more", flush=True)
     # max_retries counts lost nodes and failed runs alike; a task looks where its run is when it starts
     remote = ray.remote(num_cpus=1, num_gpus=args.gpus, max_retries=args.retries, retry_exceptions=True)(run_task)
     waiting, finished, failed, history = {remote.remote(task): task for task in tasks}, 0, 0, []
     shown = 0.0
-    while waiting:
-        ready, _ = ray.wait(list(waiting), timeout=5)
-        for reference in ready:
-            task = waiting.pop(reference)
-            try:
-                ray.get(reference)
-                finished += 1
-            except Exception as error:  # RunFailed, or Ray's own
-                failed += 1
-                print(f"{task.name} failed: {str(getattr(error, 'cause', None) or error).splitlines()[-1]}", flush=True)
-        if time.time() - shown > 30 or not waiting:
-            shown = time.time()
-            print(progress(tasks, finished, failed, history), flush=True)
-    ray.shutdown()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        while waiting:
+            ready, _ = ray.wait(list(waiting), timeout=5)
+            for reference in ready:
+                task = waiting.pop(reference)
+                try:
+                    ray.get(reference)
+                    finished += 1
+                except Exception as error:  # RunFailed, or Ray's own
+                    failed += 1
+                    reason = str(getattr(error, "cause", None) or error).splitlines()[-1]
+                    print(f"{task.name} failed: {reason}", flush=True)
+            if time.time() - shown > 30 or not waiting:
+                shown = time.time()
+                print(progress(tasks, finished, failed, history), flush=True)
+    except KeyboardInterrupt:
+        print("interrupted: runs write their checkpoints; started again, the sweep goes on from there", flush=True)
+        for reference in waiting:
+            ray.cancel(reference)  # KeyboardInterrupt in run_command
+        ray.wait(list(waiting), num_returns=len(waiting), timeout=60)
+        raise
+    finally:
+        ray.shutdown()
     return failed
 
 
@@ -384,20 +417,18 @@ def across(results: dict, envs: list[str]) -> list[str]:
     return [*lines, *[f"Left out, without dense runs of positive return: {', '.join(left_out)}."] * bool(left_out), ""]
 
 
+HEAD = f"""\
+Final return: mean of the last {LAST} evaluations of a run. Brackets and bars: 95 % bootstrap intervals over seeds; with
+two or three seeds they mean little, since they cannot reach beyond the runs that there are, and the interquartile mean
+of fewer than four is the mean. Steps/s and hours are means over runs, evaluations included."""
+
+
 def report(out: Path) -> str:
     """Write report.md and its figures; returns its text. Raises UsageError."""
     results, missing = read_results(out)
     if not results:
         raise UsageError(f"--report {out}: no finished runs there" + (f" ({missing[0]}, ...)" if missing else ""))
-    lines = [
-        f"# {out.name}",
-        "",
-        f"Final return: mean of the last {LAST} evaluations of a run. Brackets: 95 % bootstrap",
-    ]
-    lines += [
-        "intervals over seeds; with two or three seeds they mean little, since they cannot reach beyond the runs that"
-    ]
-    lines += ["there are, and the interquartile mean of fewer than four is the mean.", ""]
+    lines = [f"# {out.name}", "", HEAD, ""]
     envs = list(dict.fromkeys(env for env, _ in results))
     header = "| | seeds | mean +- std | interquartile mean | ratio to dense | P(better than dense) | steps/s | hours |"
     for env in envs:
@@ -431,14 +462,13 @@ def report(out: Path) -> str:
 
 
 def looks(results: dict) -> dict[str, dict]:
-    patterns = sorted({pattern for _, pattern in results}, key=lambda x: (x != "dense", -eval_pattern(x), x))
+    patterns = sorted({pattern for _, pattern in results}, key=lambda x: (x != "dense", -active_share(x), x))
     return {
         p: {"color": COLORS[i % 7], "linestyle": LINES[i % 6], "marker": MARKERS[i % 7]} for i, p in enumerate(patterns)
     }
 
 
-def eval_pattern(pattern: str) -> float:
-    """Share of active weights."""
+def active_share(pattern: str) -> float:
     n, m = (1, 1) if pattern == "dense" else map(int, pattern.split(":"))
     return n / m
 
@@ -475,9 +505,7 @@ def plot_returns(results: dict, envs: list[str], path: Path) -> None:
                 x + 0.12, values.mean(), [[values.mean() - low], [high - values.mean()]], **look, ms=8, capsize=4
             )
         axis.set_xticks(range(len(patterns)), [f"{p}\n{len(results[env, p])} seeds" for p in patterns])
-        axis.set(
-            ylabel=f"return (last {LAST} evaluations); filled: mean, 95 %", title=env, xlim=(-0.6, len(patterns) - 0.4)
-        )
+        axis.set(ylabel=f"return, last {LAST} evaluations (filled: mean)", title=env, xlim=(-0.6, len(patterns) - 0.4))
         axis.grid(alpha=0.3)
     save(figure, path)
 
@@ -527,8 +555,9 @@ def sweep(args: Args) -> int:
         print(f"sbatch {write_slurm(tasks, args)}")
         return 0
     print(f"{len(tasks)} runs; each can be repeated by its line in {out / 'commands.txt'}", flush=True)
+    began = time.time()
     failed = run_on_ray(tasks, args)
-    print(f"python sweep.py --report {out}")
+    print(f"{(time.time() - began) / 3600:.2f} h; python sweep.py --report {out}")
     return 1 if failed else 0
 
 

@@ -1,8 +1,10 @@
 """Sweeps of small real runs: which are started, resumed, skipped or tried again, and the report's statistics."""
 
+import contextlib
 import csv
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -12,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import sweep
 
@@ -58,6 +61,10 @@ def test_tasks_and_commands():
         "--patterns 4:2": "--patterns 4:2: give `dense` or N:M",
         "--patterns sparse": "--patterns sparse: give `dense`",
         "--total-timesteps 0": "--total-timesteps has to be 1 or more",
+        "--retries -1": "--total-timesteps has to be 1 or more, --retries 0 or more",
+        "--gpus -1": "--gpus -1: give a whole number, or a share such as 0.25",
+        "--gpus 1.5": "--gpus 1.5: give a whole number",
+        "--gpus 0.00001": "--gpus 1e-05: give a whole number",
         "--flags='": "--flags or --sparse-flags: No closing quotation",
         "--flags=--seed=3": "--flags: --seed is not for all runs",
         "--flags=--eval-interval=0": "--flags: --eval-interval 0 is not for all runs",
@@ -118,6 +125,13 @@ def test_a_task_is_not_done_twice_at_once(monkeypatch):
     with sweep.FileLock(task.log.with_suffix(".lock")), pytest.raises(sweep.RunFailed, match="another process is at"):
         sweep.run_task(task)
     assert not Path("runs").exists()
+
+
+def test_cores_that_are_taken_away_are_not_used(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    for cores, expected in (({1, 5}, 2), (set(range(8)), None)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: cores, raising=False)
+        assert sweep.usable_cores() == expected
 
 
 def test_a_later_call_adds_to_the_sweep_and_cannot_change_its_flags(monkeypatch, capsys):
@@ -242,7 +256,7 @@ RAY = pytest.mark.skipif(
 @RAY
 def test_a_sweep_on_this_machine_repeats_what_failed_and_is_idempotent(tmp_path):
     arguments = [*SWEEP, "--total-timesteps", 300, f"--flags={TINY}"]
-    first = run(*arguments)
+    first = run(*arguments, RAY_ADDRESS="127.0.0.1:1")  # without --address: on this machine, whatever Ray is told
     assert "4 of 4 done, 0 running, 0 failed" in first.stdout
     logs = {path: path.read_text() for path in Path("out/logs").glob("*.log")}
     assert len(logs) == 4
@@ -254,6 +268,61 @@ def test_a_sweep_on_this_machine_repeats_what_failed_and_is_idempotent(tmp_path)
     assert failing.returncode == 1 and "failed: " in failing.stdout and "--gamma is 7.0" in failing.stdout
     log = Path("out/logs/InvertedPendulum-v5__dense__5.log").read_text()
     assert log.count("failed with exit code 2") == 2  # tried again once
+    if not torch.cuda.is_available():
+        refused = run(*arguments, "--gpus", 1, check=False)
+        assert refused.returncode == 2
+        assert refused.stderr == "error: --gpus 1: Ray finds 0 GPUs on this machine; leave it out for CPUs\n"
+    unreachable = run(*arguments, "--address", "127.0.0.1:1", check=False)
+    assert unreachable.returncode == 2
+    assert unreachable.stderr.splitlines()[-1].startswith("error: --address 127.0.0.1:1: Failed to connect")
+
+
+@pytest.mark.slow
+@RAY
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_sweep_that_is_interrupted_loses_nothing(number):
+    arguments = [*SWEEP, "--total-timesteps", 10**6, f"--flags={TINY} --checkpoint-interval 1000000"]
+    command = [sys.executable, SCRIPT, *map(str, arguments)]
+    driver = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    plan = tasks(total=10**6, flags=f"{TINY} --checkpoint-interval 1000000")
+    while sum(sweep.steps_done(task) > 200 for task in plan) < min(os.cpu_count(), len(plan)):
+        assert driver.poll() is None
+        time.sleep(0.1)
+    done = [sweep.steps_done(task) for task in plan]
+    driver.send_signal(number)
+    out, _ = driver.communicate(timeout=60)
+    assert driver.returncode == 130 and "interrupted: runs write their checkpoints" in out
+    for task, steps in zip(plan, done, strict=True):
+        assert sweep.state_of(task).startswith("interrupted, goes on from step " if steps else "waiting")
+        assert not steps or sweep.checkpoint(task.folders()[-1]) >= steps
+
+
+@pytest.mark.slow
+@RAY
+def test_runs_share_gpus_as_they_are_asked_to():
+    """Ray believes what it is told about GPUs: two cores and one GPU, of which each run wants the whole."""
+    from ray.cluster_utils import Cluster
+
+    arguments = ["--env-ids", "InvertedPendulum-v5", "--patterns", "dense", "2:4", "--seeds", 1, "--out", "out"]
+    arguments += ["--total-timesteps", 3000, f"--flags={TINY} --no-cuda"]
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "num_gpus": 1})
+    try:
+        command = [sys.executable, SCRIPT, *map(str, arguments), "--address", cluster.address, "--gpus", "1"]
+        driver = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        seen = []  # GPUs that the runs were given, at each look
+        while driver.poll() is None:
+            seen.append([])
+            for process in Path("/proc").glob("[0-9]*"):
+                with contextlib.suppress(OSError):
+                    if b"--exp-name\0out__" in (process / "cmdline").read_bytes():
+                        seen[-1] += re.findall(
+                            rb"\0CUDA_VISIBLE_DEVICES=([^\0]*)\0", (process / "environ").read_bytes()
+                        )
+            time.sleep(0.1)
+        assert "2 of 2 done" in driver.stdout.read()
+    finally:
+        cluster.shutdown()
+    assert max(seen) == [b"0"] and max(map(len, seen)) == 1
 
 
 @pytest.mark.slow
