@@ -312,6 +312,13 @@ def separate(runs: list[Run]) -> list[Run]:
     return list(newest.values())
 
 
+def read_evaluations(path: Path) -> np.ndarray:
+    """Steps and mean returns, [2, evaluations]; a last line that was cut is left out. Raises one of several errors."""
+    with open(path) as file:
+        rows = [(int(row["step"]), float(row["mean"])) for row in csv.DictReader(file) if row["std"]]
+    return np.array(rows).reshape(-1, 2).T
+
+
 def read_run(folder: Path, matrix_size: int) -> Run:
     """Raises ValueError, with the reason, for what is no run."""
     try:
@@ -324,9 +331,7 @@ def read_run(folder: Path, matrix_size: int) -> Run:
         raise ValueError(f"config.json is not that of a run ({error!r})") from error
     run = Run(folder, config, np.zeros(0), np.zeros(0), name=folder.name)
     try:
-        with open(folder / "evaluations.csv") as file:
-            rows = [(int(row["step"]), float(row["mean"])) for row in csv.DictReader(file) if row["std"]]
-        run.steps, run.returns = np.array(rows).reshape(-1, 2).T
+        run.steps, run.returns = read_evaluations(folder / "evaluations.csv")
     except Exception as error:
         run.notes.append(f"evaluations.csv cannot be read ({error!r})")
     if not run.finished:
@@ -485,6 +490,10 @@ def label(group: tuple) -> str:
     return pattern + (f", K = {k}" if k > 0 else ", masks fixed" if k == 0 else "") + extra
 
 
+def with_interval(value: float, bounds: list[float] | None, form: str) -> str:
+    return f"{value:{form}}" + (f" [{bounds[0]:{form}}, {bounds[1]:{form}}]" if bounds else "")
+
+
 def show(runs: list[Run], groups: dict, across: dict, correlations: dict) -> None:
     """Print tables of runs and groups, and what the correlation says."""
     header = ("SAD rate", "half-life", "newcomer", "never", "always", "returns", "spread", "return")
@@ -510,28 +519,35 @@ def show(runs: list[Run], groups: dict, across: dict, correlations: dict) -> Non
         line(run.name, [*columns, final])
         for note in run.notes:
             print(f"    {note}")
-    print("\nfinal returns (mean of the last 10 evaluations; 95 % bootstrap intervals over seeds)")
+    print(f"\nfinal returns (mean of the last {LAST} evaluations; 95 % bootstrap intervals over seeds)")
     for group, result in (groups | {("all, ratio to dense", *key): value for key, value in across.items()}).items():
-        parts = []
-        for name in ("mean", "iqm"):
-            bounds = result[f"{name}_interval"]
-            parts.append(f"{name} {result[name]:.4g}" + (f" [{bounds[0]:.4g}, {bounds[1]:.4g}]" if bounds else ""))
+        parts = [f"{name} {with_interval(result[name], result[f'{name}_interval'], '.4g')}" for name in ("mean", "iqm")]
         print(f"  {group[0]}, {label(group):24}{result['runs']:3} runs  " + "  ".join(parts))
     for env, result in correlations.items():
         print(f"\nstability of SAD and return, {env}, {result['runs']} runs: {result['verdict']}")
         for name, text in (("", "over all runs"), ("within_groups_", "with the means of each pattern and K taken off")):
             if f"{name}spearman" in result:
-                low, high = result[f"{name}interval"]
-                print(f"  Spearman {result[f'{name}spearman']:+.2f} [{low:+.2f}, {high:+.2f}] {text}")
+                found = with_interval(result[f"{name}spearman"], result[f"{name}interval"], "+.2f")
+                print(f"  Spearman {found} {text}")
 
 
 COLORS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000"]  # Okabe and Ito: for all eyes
 LINES, MARKERS = ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2))], ["o", "s", "^", "D", "v", "P", "X"]
 
 
-def style(group: tuple, groups: list[tuple]) -> dict:
-    i = groups.index(group[1:])
+def look_of(i: int) -> dict:
+    """Of the curve with the number i."""
     return {"color": COLORS[i % 7], "linestyle": LINES[i % 6], "marker": MARKERS[(i + i // 7) % 7]}
+
+
+def style(group: tuple, groups: list[tuple]) -> dict:
+    return look_of(groups.index(group[1:]))
+
+
+def mean_curve(curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """Of (steps, returns) of each run: the steps that all have, and the mean return there."""
+    steps = functools.reduce(np.intersect1d, [steps for steps, _ in curves])
+    return steps, np.mean([returns[np.isin(own, steps)] for own, returns in curves], axis=0)
 
 
 def plot_over_time(runs: list[Run], points: int, path: Path) -> None:
@@ -554,8 +570,7 @@ def plot_over_time(runs: list[Run], points: int, path: Path) -> None:
                 faint = {"color": look["color"], "ls": look["linestyle"], "lw": 0.6, "alpha": 0.5}
                 bottom.plot(run.steps / 1000, run.returns, **faint)
             if ended := [run for run in chosen if run.finished]:
-                steps = functools.reduce(np.intersect1d, [run.steps for run in ended])
-                average = np.mean([run.returns[np.isin(run.steps, steps)] for run in ended], axis=0)
+                steps, average = mean_curve([(run.steps, run.returns) for run in ended])
                 thick = {**look, "markevery": max(1, len(steps) // 8), "ms": 4, "lw": 2}
                 seeds = f"{label(group)} ({len(ended)} seed{'s' * (len(ended) > 1)})"
                 bottom.plot(steps / 1000, average, **thick, label=seeds)
@@ -638,8 +653,7 @@ def plot_stability(runs: list[Run], correlations: dict, path: Path) -> None:
                 axis.plot(*zip(*pairs, strict=True), **{**style(group, groups), "linestyle": ""}, label=label(group))
         result = correlations[env]
         if "spearman" in result:
-            low, high = result["interval"]
-            text = f"Spearman of stability and return {result['spearman']:+.2f} [{low:+.2f}, {high:+.2f}]"
+            text = f"Spearman of stability and return {with_interval(result['spearman'], result['interval'], '+.2f')}"
         else:
             text = result["verdict"]
         axis.set_title(f"{env}\n{text}", fontsize=9)

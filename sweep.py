@@ -7,7 +7,6 @@ tables and figures. The run folders are in `runs/` of the folder where it was st
 import contextlib
 import csv
 import ctypes
-import functools
 import glob
 import json
 import os
@@ -28,7 +27,19 @@ import scipy.stats
 import tyro
 from filelock import FileLock, Timeout
 
-from sad_analysis import COLORS, LAST, LINES, MARKERS, UsageError, bootstrap, estimate, iqm, mean, save
+from sad_analysis import (
+    LAST,
+    UsageError,
+    bootstrap,
+    estimate,
+    iqm,
+    look_of,
+    mean,
+    mean_curve,
+    read_evaluations,
+    save,
+    with_interval,
+)
 
 HERE = Path(__file__).resolve().parent
 
@@ -371,8 +382,7 @@ def read_results(out: Path) -> tuple[dict, list[str]]:
     for name, (env_id, pattern, seed, total, _) in read_plan(out).items():
         folder = out / "runs" / name
         try:
-            rows = list(csv.DictReader((folder / "evaluations.csv").read_text().splitlines()))
-            steps, means = (np.array([float(row[key]) for row in rows if row["std"]]) for key in ("step", "mean"))
+            steps, means = read_evaluations(folder / "evaluations.csv")
             if steps[-1] < total:
                 missing.append(f"{name}: at step {steps[-1]:.0f} of {total}")
                 continue
@@ -393,10 +403,6 @@ def ratio(a: np.ndarray, b: np.ndarray, axis: int = -1) -> np.ndarray:
 def improvement(a: np.ndarray, b: np.ndarray, axis: int = -1) -> np.ndarray:
     """Probability that a run of a is better than one of b (ties count half): Mann and Whitney's U over all pairs."""
     return scipy.stats.mannwhitneyu(a, b, axis=axis, method="asymptotic").statistic / (a.shape[axis] * b.shape[axis])
-
-
-def with_interval(value: float, bounds: list[float] | None, form: str) -> str:
-    return f"{value:{form}}" + (f" [{bounds[0]:{form}}, {bounds[1]:{form}}]" if bounds else "")
 
 
 def across(results: dict, envs: list[str]) -> list[str]:
@@ -463,9 +469,7 @@ def report(out: Path) -> str:
 
 def looks(results: dict) -> dict[str, dict]:
     patterns = sorted({pattern for _, pattern in results}, key=lambda x: (x != "dense", -active_share(x), x))
-    return {
-        p: {"color": COLORS[i % 7], "linestyle": LINES[i % 6], "marker": MARKERS[i % 7]} for i, p in enumerate(patterns)
-    }
+    return {pattern: look_of(i) for i, pattern in enumerate(patterns)}
 
 
 def active_share(pattern: str) -> float:
@@ -480,13 +484,11 @@ def plot_curves(results: dict, envs: list[str], path: Path) -> None:
             runs = results.get((env, pattern), [])
             if not runs:
                 continue
-            steps = functools.reduce(np.intersect1d, [steps for _, steps, _, _ in runs])
-            curves = np.stack([means[np.isin(own, steps)] for _, own, means, _ in runs])
-            length, steps = len(steps), steps / 1e3
+            steps, average = mean_curve([(steps, means) for _, steps, means, _ in runs])
             label = f"{pattern} ({len(runs)} seed{'s' * (len(runs) > 1)})"
-            axis.plot(steps, curves.mean(0), **look, markevery=max(1, length // 8), ms=4, lw=2, label=label)
-            for curve in curves:
-                axis.plot(steps, curve, color=look["color"], ls=look["linestyle"], lw=0.6, alpha=0.5)
+            axis.plot(steps / 1e3, average, **look, markevery=max(1, len(steps) // 8), ms=4, lw=2, label=label)
+            for _, steps, means, _ in runs:
+                axis.plot(steps / 1e3, means, color=look["color"], ls=look["linestyle"], lw=0.6, alpha=0.5)
         axis.set(xlabel="environment steps (thousands)", ylabel="evaluation return (thick: mean)", title=env)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
