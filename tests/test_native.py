@@ -6,6 +6,7 @@ import pickle
 import re
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -50,10 +51,22 @@ def poisoned():
     torch.use_deterministic_algorithms(False)
 
 
+def beside_a_kink(reference, x):
+    """Whether a ReLU gets what float32 may round to the other side of zero, where its derivative is another."""
+    near = False
+    for layer, following in pairwise(reference):
+        x = layer(x)
+        near |= isinstance(following, nn.ReLU) and ((x != 0) & (x.abs() < 1e-6)).any().item()
+    return near
+
+
 def check(sizes, batch, n, m, bias, contiguous, seed):
     net = network(sizes, n, m, bias, seed, backend="native")
     reference = in_float64(net)
-    x = torch.randn(batch, sizes[0]) if contiguous else torch.randn(sizes[0], 2 * batch).t()[::2]
+    draw = lambda: torch.randn(batch, sizes[0]) if contiguous else torch.randn(sizes[0], 2 * batch).t()[::2]  # noqa: E731
+    x = draw()
+    while beside_a_kink(reference, x.double()):
+        x = draw()
     grad = torch.randn(batch, sizes[-1]) if contiguous else torch.randn(sizes[-1], batch).t()
     with torch.no_grad():
         close(net(x), reference(x.double()), "output without a tape")
@@ -73,6 +86,7 @@ def check(sizes, batch, n, m, bias, contiguous, seed):
 @pytest.mark.usefixtures("poisoned")
 @settings(max_examples=150, deadline=None)
 @example([1, 1, 26, 1], 61, (1, 2), True, True, 943)
+@example([54, 54, 32, 54], 37, (4, 4), True, True, 224)  # 1e-7 beside a kink at first
 @given(
     st.lists(st.integers(1, 70), min_size=2, max_size=4),
     st.integers(0, 150),
