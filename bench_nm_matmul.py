@@ -23,14 +23,15 @@ import torch.nn.functional as F
 import tyro
 
 from rnm_td3_continuous import (
+    NativeLinear,
     NMLinear,
+    SemiStructuredLinear,
     SemiStructuredProduct,
     UsageError,
     choose_backend,
     load_kernels,
     make_env,
     mlp,
-    semi_structured_weight,
     sparsify,
 )
 
@@ -131,7 +132,7 @@ def native(layer, x, b, g):
 
 def semi_structured(layer, x, b, g):
     """Forward with the tensor compressed beforehand; `together` compresses it too, as training has to."""
-    weight, x_half, g_half = semi_structured_weight(layer), x.to(layer.product_dtype), g.to(layer.product_dtype)
+    weight, x_half, g_half = layer.packed_weight(), x.to(layer.product_dtype), g.to(layer.product_dtype)
     w = layer.sparse_weight().detach().to(layer.product_dtype)
     padded = F.pad(x_half, (0, weight.shape[1] - x.shape[1]))
     rows = layer.out_features
@@ -145,7 +146,7 @@ def semi_structured(layer, x, b, g):
         lambda: g_half @ w,
         lambda: ((g_half.t() @ x_half).gather(1, layer.index), g.sum(0)),
     )
-    return {**products, "together": torch.no_grad()(together), "compress": lambda: semi_structured_weight(layer)}
+    return {**products, "together": torch.no_grad()(together), "compress": layer.packed_weight}
 
 
 def network(net, x, g):
@@ -206,7 +207,7 @@ def rivals(columns: int, rows: int, batch: int, patterns: list[tuple[int, int]],
             if torch.backends.mkl.is_available():
                 out["PyTorch CSR", pattern] = compressed_rows(plain, x, b, g), w, plain.index
             if load_kernels() is None:
-                ours = NMLinear.from_linear(layer, n, m, backend="native")
+                ours = NativeLinear.from_linear(layer, n, m)
                 out["ours (native)", pattern] = native(ours, x, b, g), w, plain.index
         else:
             for dtype in (torch.bfloat16, torch.float16) if m == 4 else (torch.float32,):
@@ -214,9 +215,8 @@ def rivals(columns: int, rows: int, batch: int, patterns: list[tuple[int, int]],
                     choose_backend("semi_structured", n, m, device)
                 except UsageError:
                     continue
-                options = {"backend": "semi_structured", "product_dtype": dtype}
-                ours = NMLinear.from_linear(layer, n, m, **options)
-                name = f"ours ({type(semi_structured_weight(ours)).__name__[26:]} {str(dtype)[6:]})"
+                ours = SemiStructuredLinear.from_linear(layer, n, m, product_dtype=dtype)
+                name = f"ours ({type(ours.packed_weight()).__name__[26:]} {str(dtype)[6:]})"
                 out[name, pattern] = semi_structured(ours, x, b, g), w, plain.index
     return out | {"reference": (x.double(), b.double(), g.double())}
 

@@ -123,7 +123,7 @@ class Task:
 
 def checkpoint(folder: Path) -> int:
     """Step of the newest checkpoint of a run folder, -1 if there is none."""
-    return max((int(path.name) for path in folder.glob("checkpoints/[0-9]*") if path.name.isdigit()), default=-1)
+    return max((int(path.stem) for path in folder.glob(f"checkpoints/{'[0-9]' * 9}.pt")), default=-1)
 
 
 def last_row(path: Path) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """Small environments with a known script, registered for the tests."""
 
 import os
+import random
 import time
 from typing import ClassVar
 
@@ -65,6 +66,27 @@ class Broken(Scripted):
         self.action_space = action_space or self.action_space
 
 
+class Wander(gym.Env):
+    """A random walk on its generator, and on those of all if `draws`; episodes end after 2 to 8 steps."""
+
+    def __init__(self, draws=False, length=(2, 9)):
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (2,), np.float64)
+        self.action_space = gym.spaces.Box(-1.0, 1.0, (2,), np.float32)
+        self.draws, self.lengths = draws, length
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.place, self.length, self.count = self.np_random.normal(size=2), self.np_random.integers(*self.lengths), 0
+        return self.place.copy(), {}
+
+    def step(self, action):
+        noise = random.gauss() + np.random.normal() if self.draws else 0.0  # some environments draw from these
+        self.place = 0.9 * self.place + action + 0.1 * self.np_random.normal(size=2) + 0.1 * noise
+        self.count += 1
+        over = self.count >= self.length
+        return self.place.copy(), -float(abs(self.place).sum()), over and self.length % 2 == 0, over, {}
+
+
 class Faulty(Scripted):
     """Fails in the way and at the step that `fault` says, counted over all episodes of this environment."""
 
@@ -101,7 +123,12 @@ gym.register("Scripted-v0", Scripted)
 gym.register("ScriptedMatrix-v0", Scripted, kwargs={"shape": (3, 2)})
 gym.register("ScriptedHugeReward-v0", Scripted, kwargs={"reward": 1e39})  # infinite in float32
 gym.register("ScriptedActionReward-v0", Scripted, kwargs={"reward": "action"})
+CHEETAH = "gymnasium.envs.mujoco.half_cheetah_v5:HalfCheetahEnv"
+gym.register("ShortCheetah-v0", CHEETAH, max_episode_steps=20)
 gym.register("Rendered-v0", Rendered)
+gym.register("Wander-v0", Wander)
+gym.register("WanderDraws-v0", Wander, kwargs={"draws": True})
+gym.register("WanderLong-v0", Wander, kwargs={"length": (10**6, 10**6 + 1)})
 gym.register("Faulty-v0", Faulty)
 gym.register("IntegerAction-v0", Broken, kwargs={"action_space": gym.spaces.Box(0, 5, (2,), np.int32)})
 gym.register("DictObs-v0", Broken, kwargs={"observation_space": gym.spaces.Dict({"a": box})})

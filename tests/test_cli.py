@@ -77,6 +77,8 @@ def test_bad_input_gets_one_line_and_exit_code_2(script, arguments, message, mon
     lines = [
         line for line in capsys.readouterr().err.splitlines() if line and "WARN" not in line and "logger" not in line
     ]
+    if "--hidden-sizes 1000" in arguments and script is rnm:  # too large for the kernels, and that is said first
+        assert lines.pop(0).startswith("--backend masked: the CPU kernels are for layers of up to 65536 neurons")
     assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0]
     assert not list(Path(".").iterdir())
 
@@ -94,7 +96,7 @@ def test_run_folder_that_cannot_be_made(monkeypatch, capsys):
     Path("runs").write_text("a file, not a folder")
     monkeypatch.setattr(sys, "argv", ["script", "--env-id", "Scripted-v0"])
     assert rnm.main() == 2
-    assert "error: cannot make the run folder runs/" in capsys.readouterr().err
+    assert "error: the run folder runs/" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -4,6 +4,7 @@ import copy
 import os
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 from itertools import pairwise
@@ -18,7 +19,21 @@ from hypothesis import strategies as st
 from torch.utils import cpp_extension
 
 import rnm_td3_continuous
-from rnm_td3_continuous import TD3, Args, NativeTD3, NMLinear, NMSequential, load_kernels, native_adam, sparsify
+from rnm_td3_continuous import (
+    BACKENDS,
+    TD3,
+    Args,
+    Batch,
+    NativeLinear,
+    NativeTD3,
+    NMLinear,
+    NMSequential,
+    UsageError,
+    choose_backend,
+    load_kernels,
+    native_adam,
+    sparsify,
+)
 
 SCRIPT = Path(__file__).parents[1] / "rnm_td3_continuous.py"
 needs_kernels = pytest.mark.skipif(load_kernels() is not None, reason=str(load_kernels()))
@@ -200,9 +215,9 @@ def test_only_what_is_asked_for_gets_a_gradient():
 
 @needs_kernels
 def test_layer_alone_and_leading_dimensions():
-    layer = NMLinear(12, 5, n=1, m=4, backend="native")
-    plain = copy.deepcopy(layer)
-    plain.backend = "masked"
+    layer = NativeLinear(12, 5, n=1, m=4)
+    plain = NMLinear(12, 5, n=1, m=4)
+    plain.load_state_dict(layer.state_dict())
     for shape in ((12,), (3, 12), (2, 3, 12)):
         x = torch.randn(shape)
         torch.testing.assert_close(layer(x), plain(x))
@@ -250,7 +265,7 @@ def test_one_td3_update_matches_masked_float64(dense_layers, fused, monkeypatch)
     batch = [torch.randn(40, width, generator=generator).squeeze(1) for width in (5, 3, 5, 1)]
     batch.append((torch.rand(40, generator=generator) < 0.3).float())
     values = [
-        agent.update_critics(tuple(tensor.to(dtype) for tensor in batch))
+        agent.update_critics(Batch(*(tensor.to(dtype) for tensor in batch)))
         for agent, dtype in ((native, torch.float32), (masked, torch.float64))
     ]
     for ours, theirs in zip(*values, strict=True):
@@ -259,8 +274,9 @@ def test_one_td3_update_matches_masked_float64(dense_layers, fused, monkeypatch)
         for ours, theirs in zip(*(agent.networks[name].parameters() for agent in agents), strict=True):
             close(ours.grad, theirs.grad, name, floor=1e-3)
             theirs.data.copy_(ours.data)  # Adam's first step is a sign: it may differ where a gradient is zero
-    loss, expected = native.update_actor(batch[0]), masked.update_actor(batch[0].double())
-    close(loss, expected, "actor loss")
+    native.update_actor(batch[0])
+    masked.update_actor(batch[0].double())
+    close(native.actor_loss, masked.actor_loss, "actor loss")
     for ours, theirs in zip(*(agent.actor.parameters() for agent in agents), strict=True):
         close(ours.grad, theirs.grad, "actor", floor=1e-3)
 
@@ -277,12 +293,14 @@ def test_fused_updates_equal_those_with_autograd():
     plain, fused = agents
     for step in range(20):
         rows = torch.randn(40, 15, generator=generator)
-        batch = *rows[:, :14].split([5, 3, 5, 1], dim=1)[:3], rows[:, 13], (rows[:, 14] > 0.5).float()
+        batch = Batch(*rows[:, :14].split([5, 3, 5, 1], dim=1)[:3], rows[:, 13], (rows[:, 14] > 0.5).float())
         results = []
         for agent in agents:
             torch.manual_seed(step)  # the noise of the target policy
-            results.append((*agent.update_critics(batch), agent.update_actor(batch[0])))
+            results.append(agent.update_critics(batch))
+            agent.update_actor(batch.obs)
             agent.update_targets()
+            results[-1] += (agent.actor_loss,)
             if step % 7 in (0, 6):  # at first the actor's optimizer holds nothing
                 results[-1] += tuple(torch.tensor(list(agent.project().values())))
             results[-1] += tuple(torch.from_numpy(agent.actor.act(rows[0, :5].numpy(), noise)) for noise in (0, 3))
@@ -327,7 +345,7 @@ def test_projection_matches_the_reference(rows, columns, m, share, levels, seed,
 
     linear = nn.Linear(columns, rows)
     linear.weight.data = numbers(rows, columns)
-    layers = [NMLinear.from_linear(linear, n, m, backend=backend) for backend in ("native", "masked")]
+    layers = [BACKENDS[backend].from_linear(linear, n, m) for backend in ("native", "masked")]
     optimizers = [torch.optim.Adam([layer.values], lr=0.1) for layer in layers]
     for _ in range(3):
         gradient = numbers(*layers[0].values.shape)
@@ -338,13 +356,13 @@ def test_projection_matches_the_reference(rows, columns, m, share, levels, seed,
             optimizer.step()
             changes.append(layer.project(optimizer, index))
         assert changes[0] == changes[1]
-        state = {key: value for key, value in layers[1].state_dict().items() if not key.endswith("_master")}
-        for key, value in state.items():
+        for key, value in layers[1].state_dict().items():
             assert torch.equal(layers[0].state_dict()[key], value), key
         for key in ("exp_avg", "exp_avg_sq"):
+            states = [optimizer.state[layer.values] for layer, optimizer in zip(layers, optimizers, strict=True)]
             moments = [
-                (layer.get_buffer(f"{key}_master").scatter(1, layer.index, optimizer.state[layer.values][key]))
-                for layer, optimizer in zip(layers, optimizers, strict=True)
+                state[f"{key}_master"].scatter(1, layer.index, state[key])
+                for layer, state in zip(layers, states, strict=True)
             ]
             assert torch.equal(*moments)
         assert torch.equal(layers[0].layout, torch.ops.rnm_td3.layout(layers[0].index, columns))
@@ -354,11 +372,12 @@ def test_projection_matches_the_reference(rows, columns, m, share, levels, seed,
 def test_projection_takes_nan_for_the_largest_as_the_reference_does():
     linear = nn.Linear(32, 1)
     for backend in ("native", "masked"):
-        layer = NMLinear.from_linear(linear, 1, 4, backend=backend)
+        layer = BACKENDS[backend].from_linear(linear, 1, 4)
         layer.master[0, 7], layer.master[0, 9], layer.master[0, 8] = torch.nan, torch.inf, -torch.inf
         layer.values.data[:] = 0
         layer.index[0, 1:3] = torch.tensor([4, 11])
-        layer.refresh()
+        if backend == "native":
+            layer.index_changed()
         layer.project()
         assert layer.index[0, 1:3].tolist() == [7, 8]
 
@@ -391,7 +410,7 @@ def test_a_network_that_was_cut_or_grown_runs_as_it_reads():
 
 @needs_kernels
 def test_weights_changed_before_the_backward_pass_are_seen():
-    online, target = (NMLinear(12, 5, bias=False, n=1, m=4, backend="native") for _ in range(2))
+    online, target = (NativeLinear(12, 5, bias=False, n=1, m=4) for _ in range(2))
     y = target(torch.randn(3, 12, requires_grad=True))
     target.polyak_(online, 0.5)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -402,9 +421,7 @@ def test_weights_changed_before_the_backward_pass_are_seen():
 def test_transposed_weights_of_a_dense_layer():
     linear = nn.Linear(8, 12)
     linear.weight = nn.Parameter(torch.randn(8, 12).t())
-    layers = [
-        [NMLinear.from_linear(linear, 1, 4, backend=backend) for _ in range(2)] for backend in ("native", "masked")
-    ]
+    layers = [[BACKENDS[backend].from_linear(linear, 1, 4) for _ in range(2)] for backend in ("native", "masked")]
     for online, target in layers:
         online.values.data += 1
         target.polyak_(online, 0.3)
@@ -413,23 +430,66 @@ def test_transposed_weights_of_a_dense_layer():
 
 @needs_kernels
 def test_what_does_not_fit_is_refused():
-    layer = NMLinear(12, 5, n=1, m=4, backend="native")
+    layer = NativeLinear(12, 5, n=1, m=4)
     with pytest.raises(RuntimeError, match="do not fit"):
         layer(torch.randn(3, 16))
     with pytest.raises(RuntimeError, match="Float"):
         layer.double()(torch.randn(3, 12).double())
-    for wrong in (-1, 12, 40, 128, 300, 2**40):
-        with pytest.raises(RuntimeError, match="out of range"):
-            torch.ops.rnm_td3.layout(torch.tensor([[0, wrong]]), 12)
-    for other in (NMLinear(4096, 2048, n=1, m=4, backend="native"), NMLinear(12, 5, n=2, m=4, backend="native")):
+    for wrong in (-1, 0, 12, 40, 128, 300, 2**40):
+        with pytest.raises(RuntimeError, match="columns of a row have to ascend and to lie in 0 to 11"):
+            torch.ops.rnm_td3.layout(torch.tensor([[0, 3], [0, wrong]]), 12)
+    for other in (NativeLinear(4096, 2048, n=1, m=4), NativeLinear(12, 5, n=2, m=4)):
         with pytest.raises(RuntimeError, match=r"differ in shape|do not fit"):
-            NMLinear(12, 5, n=1, m=4, backend="native").polyak_(other, 0.5)
+            NativeLinear(12, 5, n=1, m=4).polyak_(other, 0.5)
     with pytest.raises(RuntimeError, match="65536"):
         torch.ops.rnm_td3.layout(torch.zeros(65537, 1, dtype=torch.int64), 12)
     with pytest.raises(RuntimeError, match="save=False"):
         tensors = [tensor.detach() for tensor in (layer.values.float(), layer.bias.float(), layer.layout)]
         y, tape = torch.ops.rnm_td3.mlp(torch.randn(3, 12), tensors, False)
         torch.ops.rnm_td3.mlp_backward(y, torch.randn(3, 12), tape, tensors, True, True)
+
+
+@needs_kernels
+def test_layers_beyond_the_kernels_are_masked(capsys):
+    cpu = torch.device("cpu")
+    for sizes in ((17, 65536), (65536, 17), (20000, 50000)):
+        assert choose_backend("auto", 1, 4, cpu, sizes) == "native"
+    assert capsys.readouterr().err == ""
+    for sizes in ((17, 65537), (65537, 17), (17, 65536, 65536)):
+        assert choose_backend("auto", 1, 4, cpu, sizes) == "masked"
+        message = "--backend masked: the CPU kernels are for layers of up to 65536 neurons and 2^28 active weights\n"
+        assert capsys.readouterr().err == message
+        with pytest.raises(UsageError, match="--backend native: the CPU kernels are for layers of up to 65536 neurons"):
+            choose_backend("native", 1, 4, cpu, sizes)
+
+
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+
+
+LANES = [["-mavx512f", "-mavx512dq", "-mavx512vl", "-mfma"], ["-mavx2", "-mfma"], []]
+
+
+@needs_compiler
+@pytest.mark.parametrize("flags", [LANES[0], *(pytest.param(flags, marks=pytest.mark.slow) for flags in LANES[1:])])
+def test_the_kernels_compile_without_a_warning(flags):
+    includes = [f"-isystem{path}" for path in cpp_extension.include_paths()]
+    command = ["g++", "-std=c++20", "-fopenmp", *flags, *includes, "-Wall", "-Wextra", "-Werror", "-fsyntax-only"]
+    command += [SCRIPT.with_name("nm_kernels.cpp")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_script_alone_trains_and_says_what_is_missing():
+    script = Path(shutil.copy(SCRIPT, "."))
+    command = [sys.executable, script, "--env-id", "Pendulum-v1", "--total-timesteps", "20", "--learning-starts", "10"]
+    command += ["--batch-size", "4", "--eval-interval", "0"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0 and "step 20/20" in result.stdout
+    (line,) = (line for line in result.stderr.splitlines() if "kernels" in line)
+    missing = Path("nm_kernels.cpp").resolve()
+    assert line == f"--backend masked: {missing} is missing, whose kernels make training on a CPU several times as fast"
+    result = subprocess.run([*command, "--backend", "native"], capture_output=True, text=True)
+    assert result.returncode == 2 and f"error: --backend native: {missing} is missing" in result.stderr
 
 
 def run(backend, **environment):

@@ -16,11 +16,10 @@ from torch.sparse._semi_structured_conversions import (
 from rnm_td3_continuous import (
     TD3,
     Args,
-    NMLinear,
+    Batch,
+    SemiStructuredLinear,
     UsageError,
     choose_backend,
-    semi_structured_pad,
-    semi_structured_weight,
 )
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -31,7 +30,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of SparseSemiStr
 
 def layer_of(n, m, dtype, columns, rows, device="cpu"):
     torch.manual_seed(columns + rows)
-    return NMLinear(columns, rows, n=n, m=m, backend="semi_structured", product_dtype=dtype, device=device)
+    return SemiStructuredLinear(columns, rows, n=n, m=m, product_dtype=dtype, device=device)
 
 
 def assert_unpacks(weight, layer):
@@ -42,7 +41,7 @@ def assert_unpacks(weight, layer):
 
 
 def padded(layer):
-    _, weight = semi_structured_pad(layer, layer.sparse_weight().detach())
+    _, weight = layer.pad(layer.sparse_weight().detach())
     return weight
 
 
@@ -50,7 +49,7 @@ def padded(layer):
 @pytest.mark.parametrize("n, m, dtype", KINDS)
 def test_values_are_pytorchs_packed_tensor_to_the_byte(n, m, dtype, columns, rows):
     layer = layer_of(n, m, dtype, columns, rows)
-    weight = semi_structured_weight(layer)
+    weight = layer.packed_weight()
     packed, meta = sparse_semi_structured_from_dense_cutlass(padded(layer))
     assert weight.dtype == layer.product_dtype == dtype
     assert torch.equal(weight.packed, packed)
@@ -66,12 +65,12 @@ def test_zero_weights_and_projections_keep_positions(n, m, dtype):
     layer = layer_of(n, m, dtype, 256, 64)
     layer.values.data[:, ::3] = 0.0
     before = layer.layout.clone()
-    layer.refresh()
+    layer.index_changed()
     assert torch.equal(layer.layout, before)
     layer.values.data *= 0.01
     assert layer.project() > 0
     assert not torch.equal(layer.layout, before)
-    weight = semi_structured_weight(layer)
+    weight = layer.packed_weight()
     assert_unpacks(weight, layer)
     other = copy.deepcopy(layer)
     other.load_state_dict(layer.state_dict())
@@ -90,7 +89,7 @@ def test_padding_meets_pytorchs_own_shape_check(kind, columns, rows, n, m, dtype
     weight = layer.sparse_weight().detach()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0) if later else (8, 0))
     on_gpu = SimpleNamespace(**vars(layer), values=SimpleNamespace(device=CUDA))
-    chosen, matrix = semi_structured_pad(on_gpu, weight)
+    chosen, matrix = SemiStructuredLinear.pad(on_gpu, weight)
     assert chosen is kind
 
     class OnCuda(torch.Tensor):
@@ -175,19 +174,23 @@ def test_an_update_and_a_projection_of_all_six_networks(n, m, dtype):
     args = Args(n=n, m=m, backend="semi_structured", semi_structured_dtype=half, hidden_sizes=(64, 64))
     torch.manual_seed(0)
     agent = TD3(11, np.full(3, -1.0, np.float32), np.ones(3, np.float32), args, CUDA)
-    assert {layer.backend for layer in agent.nm_layers.values()} == {"semi_structured"}
-    twin = copy.deepcopy(agent)
-    for layer in twin.nm_layers.values():
-        layer.backend = "masked"
+    assert {type(layer) for layer in agent.nm_layers.values()} == {SemiStructuredLinear}
+    twin = TD3(
+        11, np.full(3, -1.0, np.float32), np.ones(3, np.float32), Args(**{**vars(args), "backend": "masked"}), CUDA
+    )
+    for name, network in twin.networks.items():
+        network.load_state_dict(agent.networks[name].state_dict())
     batch = [torch.randn(256, width, device="cuda").squeeze(1) for width in (11, 3, 11, 1)]
     batch.append((torch.rand(256, device="cuda") < 0.3).float())
     for each in (agent, twin):
         torch.manual_seed(1)
-        each.results = *each.update_critics(tuple(batch)), each.update_actor(batch[0])
+        each.results = each.update_critics(Batch(*batch))
+        each.update_actor(batch[0])
+        each.results += (each.actor_loss,)
     for value, expected in zip(agent.results, twin.results, strict=True):
         torch.testing.assert_close(value, expected, rtol=0.1, atol=0.02)
     assert np.isfinite(list(agent.project().values())).all()
-    agent.update_critics(tuple(batch))
+    agent.update_critics(Batch(*batch))
 
 
 @pytest.mark.cuda
@@ -196,6 +199,6 @@ def test_metadata_is_that_of_a_new_compression():
     """With float16 on CUTLASS, the tensor that we put together equals the one that PyTorch compresses."""
     layer = layer_of(2, 4, torch.float16, 256, 256, device="cuda")
     x = torch.randn(64, 256, device="cuda", dtype=torch.float16)
-    weight = semi_structured_weight(layer)
+    weight = layer.packed_weight()
     fresh = type(weight).from_dense(layer.sparse_weight().detach().to(torch.float16))
     torch.testing.assert_close(F.linear(x, weight), F.linear(x, fresh))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from rnm_td3_continuous import TD3, Args
+from rnm_td3_continuous import TD3, Args, Batch
 
 OBS, LOW, HIGH = 5, np.array([-1.0, 0.0, -3.0]), np.array([1.0, 0.5, 1.0])
 
@@ -155,13 +155,13 @@ def test_update_equals_reference(float64, n, m, target_mask, dense_layers):
         torch.manual_seed(count)
         noise = torch.randn(32, 3).numpy()
         torch.manual_seed(count)
-        tensors = tuple(torch.from_numpy(part) for part in batch)
+        tensors = Batch(*(torch.from_numpy(part) for part in batch))
         agent.update_critics(tensors)
         if count % args.policy_frequency == 0:
-            agent.update_actor(tensors[0])
+            agent.update_actor(tensors.obs)
             agent.update_targets()
         if count % args.mask_update_interval == 0:
-            total_sad += agent.project()["sad/total"]
+            total_sad += sum(agent.project().values())
         reference.update(count, batch, noise)
     assert total_sad > 20  # else the projections were not tested
     for name, network in agent.networks.items():
@@ -177,7 +177,7 @@ def test_update_equals_reference(float64, n, m, target_mask, dense_layers):
             if sparse and optimizer:
                 for key, moment in zip(("exp_avg", "exp_avg_sq"), ref.moments[i], strict=True):
                     active = optimizer.state[layer.values][key]
-                    dense = layer.get_buffer(f"{key}_master").scatter(1, layer.index, active)
+                    dense = optimizer.state[layer.values][f"{key}_master"].scatter(1, layer.index, active)
                     assert relative_error(dense.numpy(), moment) < 1e-5, (name, i, key)
 
 
@@ -190,10 +190,10 @@ def test_inactive_entries_are_frozen_between_projections(target_mask):
     layers = agent.nm_layers
     for count in range(1, 13):
         before = {name: (layer.mask(), layer.sync().clone()) for name, layer in layers.items()}
-        tensors = tuple(torch.from_numpy(part).float() for part in random_batch(rng))
+        tensors = Batch(*(torch.from_numpy(part).float() for part in random_batch(rng)))
         agent.update_critics(tensors)
         if count % args.policy_frequency == 0:
-            agent.update_actor(tensors[0])
+            agent.update_actor(tensors.obs)
             agent.update_targets()
         for name, layer in layers.items():
             mask, master = before[name]
@@ -209,4 +209,4 @@ def test_inactive_entries_are_frozen_between_projections(target_mask):
             else:
                 assert torch.equal(layer.sync(), master)
         if count % args.mask_update_interval == 0:
-            assert agent.project()["sad/total"] > 0
+            assert sum(agent.project().values()) > 0

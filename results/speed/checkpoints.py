@@ -21,10 +21,10 @@ for size in (256, 1024):
         for added in (950_000, 1_000_000, 1_050_000):
             buffer.added, buffer.size = added, min(added, 1_000_000)
             start = time.perf_counter()
-            checkpoints.write(added, {}, agent, buffer)
+            networks = {name: network.state_dict() for name, network in agent.networks.items()}
+            checkpoints.write(added, {"networks": networks}, buffer)
             print(f"hidden size {size}, {added:9} transitions: written in {time.perf_counter() - start:.3f} s")
         start, reader = time.perf_counter(), Checkpoints(Path(folder))
-        reader.read()
-        reader.read_replay(again)
+        reader.read(reader.newest_first()[0], again)
         assert torch.equal(buffer.rows, again.rows)
         print(f"read and compared in {time.perf_counter() - start:.3f} s")
