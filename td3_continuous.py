@@ -532,7 +532,8 @@ class Run:
     def evaluate(self) -> None:
         start = time.monotonic()
         returns = evaluate(self.agent.actor.act, self.eval_env, self.args.eval_episodes, self.args.seed + 100)
-        self.clock += time.monotonic() - start
+        seconds = time.monotonic() - start
+        self.clock, self.deadline = self.clock + seconds, self.deadline + seconds
         mean, std = float(np.mean(returns)), float(np.std(returns))
         self.write_row("evaluations.csv", *returns, mean, std)
         self.scalars({"eval/episodic_return": mean, "eval/episodic_return_std": std})

@@ -296,7 +296,7 @@ def test_20_kills_at_random_moments_change_nothing(script, capsys):
     """HalfCheetah in episodes of 20 steps, a checkpoint after each."""
     changes = {
         "env_id": "environments:ShortCheetah-v0",
-        "total_timesteps": 4000,
+        "total_timesteps": 12_000,
         "learning_starts": 200,
         "eval_interval": 1000,
     }
@@ -311,7 +311,7 @@ def test_20_kills_at_random_moments_change_nothing(script, capsys):
             process.communicate()
             assert process.returncode == 0
         else:
-            folder, in_a_write = kill_and_resume(script, settings, 20, 1.5)
+            folder, in_a_write = kill_and_resume(script, settings, 20, 0.7)
             runs.append(folder)
     with capsys.disabled():
         print(f"\n{script.__name__}: 20 kills, {in_a_write} of them in the middle of a checkpoint")

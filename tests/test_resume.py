@@ -316,6 +316,24 @@ def test_seconds_are_those_of_training_and_go_on(script, monkeypatch):
     ]
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_long_evaluation_breaks_no_episode_off(script, monkeypatch):
+    now, evaluate = [0.0], script.evaluate
+    monkeypatch.setattr(script.time, "monotonic", lambda: now[0])
+
+    def long_evaluation(*rest):
+        os.kill(os.getpid(), signal.SIGTERM)
+        now[0] += 1000.0
+        return evaluate(*rest)
+
+    monkeypatch.setattr(script, "evaluate", long_evaluation)
+    with pytest.raises(SystemExit):
+        script.train(script.Args(**{**SMALL, "eval_interval": 23, "eval_episodes": 1}))
+    (path,) = Path("runs").glob("*/checkpoints/*.pt")
+    state = torch.load(path, weights_only=True)
+    assert state["episode_over"] is True and 23 < state["step"] <= 30
+
+
 MUJOCO = [
     spec.id
     for spec in gym.registry.values()

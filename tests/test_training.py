@@ -4,6 +4,9 @@ import copy
 import csv
 import json
 import math
+import pstats
+import re
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -79,8 +82,7 @@ class Careless(gym.Env):
 gym.register("Careless-v0", Careless)
 gym.register("CarelessColumn-v0", Careless, kwargs={"shape": (1,)})
 gym.register("Careful-v0", Careless, kwargs={"careless": False})
-THIRDS = (-1 / 3, 1 / 3)  # as float32 and as float16 beyond those of float64
-gym.register("Action64-v0", Careless, kwargs={"dtype": np.float64, "bounds": THIRDS})
+gym.register("Action64-v0", Careless, kwargs={"dtype": np.float64, "bounds": (-1 / 3, 1 / 3)})  # less than in float32
 gym.register("Action16-v0", Careless, kwargs={"dtype": np.float16, "bounds": (-0.1, 0.1)})
 
 
@@ -91,12 +93,11 @@ def test_what_is_kept_is_copied(script, env_id, overlap):
     runs = []
     for name in ("Careful-v0", env_id):
         agent, buffer, folder = script.train(script.Args(**{**SMALL, "env_id": name}, overlap=overlap))
-        runs.append(
-            (buffer.rows[:60], read_csv(folder / "episodes.csv"), torch.cat([p.flatten() for p in parameters(agent)]))
-        )
-    assert torch.equal(runs[0][0], runs[1][0]) and torch.equal(runs[0][2], runs[1][2])
-    assert [row["return"] for row in runs[0][1]] == [row["return"] for row in runs[1][1]]
-    obs, next_obs = runs[1][0][:, :2], runs[1][0][:, 5:7]
+        weights = torch.cat([p.flatten() for p in parameters(agent)])
+        runs.append((buffer.rows[:60], weights, [row["return"] for row in read_csv(folder / "episodes.csv")]))
+    (rows, weights, returns), careful = runs[1], runs[0]
+    assert torch.equal(rows, careful[0]) and torch.equal(weights, careful[1]) and returns == careful[2]
+    obs, next_obs = rows[:, :2], rows[:, 5:7]
     assert not (obs == next_obs).all(1).any() and (next_obs[:4] == obs[1:5]).all()
 
 
@@ -105,10 +106,9 @@ def test_what_is_kept_is_copied(script, env_id, overlap):
 def test_actions_stay_within_the_bounds_in_the_type_of_the_space(script, env_id):
     """The environment asserts it; noise puts most actions on a bound."""
     _, buffer, _ = script.train(script.Args(**{**SMALL, "env_id": env_id, "eval_interval": 20}, exploration_noise=10.0))
-    high = gym.make(env_id).action_space.high[0]
-    assert (
-        buffer.size == 60 and (buffer.rows[20:60, 2:5].abs() == torch.tensor(float(high)).float()).float().mean() > 0.5
-    )
+    high = float(gym.make(env_id).action_space.high[0])
+    on_a_bound = buffer.rows[20:60, 2:5].abs() == torch.tensor(high)
+    assert buffer.size == 60 and on_a_bound.float().mean() > 0.5
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -213,9 +213,8 @@ def test_same_seed_gives_a_bit_identical_run(script):
     names = ["evaluations.csv"] + [f"masks/{path.name}" for path in (first_folder / "masks").glob("*.npz")]
     assert len(names) == (12 if script is rnm else 1)
     rows = [read_csv(folder / "evaluations.csv") for folder in (first_folder, second_folder)]
-    assert [{**row, "seconds": 0} for row in rows[0]] == [{**row, "seconds": 0} for row in rows[1]] and len(
-        rows[0]
-    ) == 2
+    assert len(rows[0]) == 2
+    assert [{**row, "seconds": 0} for row in rows[0]] == [{**row, "seconds": 0} for row in rows[1]]
     for name in names[1:]:
         assert (np.load(first_folder / name)["bits"] == np.load(second_folder / name)["bits"]).all()
 
@@ -304,24 +303,29 @@ def test_mask_history_and_sad(target_mask):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_overlap_changes_no_bit_and_every_step_joins_the_next_batch(script, monkeypatch, capsys):
+def test_overlap_changes_no_bit_and_every_step_joins_the_next_batch(script, monkeypatch):
     sizes, sample = [], script.ReplayBuffer.sample
     monkeypatch.setattr(
         script.ReplayBuffer, "sample", lambda self, *rest: sizes.append(self.size) or sample(self, *rest)
     )
-    runs = [script.train(script.Args(**SMALL, overlap=overlap, profile=overlap)) for overlap in (False, True)]
+    runs = [script.train(script.Args(**SMALL, overlap=overlap)) for overlap in (False, True)]
     assert sizes == [*range(20, 60)] * 2
     for ours, theirs in zip(*(parameters(agent) for agent, _, _ in runs), strict=True):
         assert torch.equal(ours, theirs)
     assert torch.equal(*(buffer.rows for _, buffer, _ in runs))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("overlap", [False, True])
+def test_profile(script, overlap, monkeypatch, capsys):
+    print_stats = pstats.Stats.print_stats
+    monkeypatch.setattr(pstats.Stats, "print_stats", lambda self, *_: print_stats(self))  # not the slowest alone
+    script.train(script.Args(**SMALL, overlap=overlap, profile=True))
     table = capsys.readouterr().out.split("Ordered by: cumulative time")[1]
     calls = {line.split("(")[-1].strip(")"): line.split()[0] for line in table.splitlines() if "continuous.py" in line}
-    assert {
-        "update_critics": "40",
-        "update_actor": "20",
-        "update_targets": "20",
-        "end_step": "60",
-    }.items() <= calls.items()
+    expected = {"sample": "40", "update_critics": "40", "update_actor": "20", "update_targets": "20", "end_step": "60"}
+    expected |= {} if overlap else {"step": "60"}  # in a thread it costs the loop nothing but waiting
+    assert expected.items() <= calls.items()
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
@@ -393,6 +397,56 @@ def test_a_non_finite_loss_stops_before_the_policy_is_played_or_the_run_ends(scr
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("changes", [{"total_timesteps": 22}, {"eval_interval": 22}])
+def test_a_broken_policy_is_not_played(script, changes, monkeypatch):
+    """The losses of its update are those before its step; the next update would be too late."""
+    monkeypatch.setattr(script.Run, "evaluate", lambda self: pytest.fail("was played"))
+    changes = {**changes, "backend": "masked"} if script is rnm else changes
+    update_actor = script.TD3.update_actor
+
+    def breaks(self, obs):
+        update_actor(self, obs)
+        next(self.actor.parameters()).data.view(-1)[3] = torch.inf
+
+    monkeypatch.setattr(script.TD3, "update_actor", breaks)
+    with pytest.raises(FloatingPointError, match=r"step 22: not finite: actor, networks \['actor'"):
+        script.train(script.Args(**{**SMALL, **changes}))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_logged_losses(script, monkeypatch):
+    """Once in 100 updates, before evaluations and at the end: means of what the updates return, and their errors."""
+    seen, actor_losses = {}, {}
+    changes = {"total_timesteps": 155, "eval_interval": 50, "eval_episodes": 1}
+    changes |= {"backend": "masked"} if script is rnm else {}
+    critics, actor = script.TD3.update_critics, script.TD3.update_actor
+
+    def update_critics(self, batch):
+        values = critics(self, batch)
+        seen[21 + len(seen)] = [value.clone() for value in values]
+        return values
+
+    def update_actor(self, obs):
+        actor_losses[20 + len(seen)] = -self.qf1(obs, self.actor(obs)).mean().item()
+        actor(self, obs)
+
+    monkeypatch.setattr(script.TD3, "update_critics", update_critics)
+    monkeypatch.setattr(script.TD3, "update_actor", update_actor)
+    _, _, folder = script.train(script.Args(**{**SMALL, **changes}))
+    events = EventAccumulator(str(folder)).Reload()
+    logged = {}
+    for name in ("qf1_values", "qf2_values", "qf1_loss", "qf2_loss", "qf_loss", "actor_loss"):
+        for event in events.Scalars(f"losses/{name}"):
+            logged.setdefault(event.step, {})[name] = event.value
+    assert sorted(logged) == [50, 100, 120, 150, 155]
+    for step, values in logged.items():
+        qf1, qf2, target = (value.double() for value in seen[step])
+        losses = [((qf - target) ** 2).mean().item() for qf in (qf1, qf2)]
+        expected = [qf1.mean().item(), qf2.mean().item(), *losses, sum(losses) / 2, actor_losses[step // 2 * 2]]
+        assert list(values.values()) == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_video_of_training_and_of_evaluation(script):
     _, _, folder = script.train(script.Args(**{**SMALL, "env_id": "Rendered-v0"}, capture_video=True, save_model=True))
     trained = {path.name for path in (folder / "videos").glob("*.mp4")}
@@ -408,6 +462,17 @@ def test_without_a_terminal_there_are_lines(script, capsys):
     out = capsys.readouterr().out.splitlines()
     assert out[0].startswith("Scripted-v0 on cpu, 1 threads, run folder runs/Scripted-v0__")
     assert out[-1].startswith("step 60/60, ") and " steps/s, return 546.0, evaluation nan" in out[-1]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_on_a_terminal_a_line_is_written_over(script, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    script.train(script.Args(**{**SMALL, "total_timesteps": 250}))
+    first, last = capsys.readouterr().out.split("\n", 1)
+    assert first.startswith("Scripted-v0 on cpu, 1 threads, run folder runs/Scripted-v0__")
+    *over, end = re.split(r"(?<=\r)", last)
+    assert [line.split(",")[0] for line in (*over, end)] == ["step 100/250", "step 200/250", "step 250/250"]
+    assert all(line.endswith("\r") for line in over) and end.count("\n") == 1 and end.endswith("\n")
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
