@@ -404,9 +404,7 @@ def train(args: Args) -> tuple[TD3, ReplayBuffer, Path]:
             # store: only termination stops the bootstrap, since an episode that was truncated would have gone on
             next_obs, reward, terminated, truncated, _ = finish_step()
             buffer.add(obs, action, next_obs, reward, terminated)
-            run.end_step(
-                reward, terminated or truncated
-            )  # an evaluation that is due; a checkpoint, before a reset alone
+            run.end_step(reward, terminated or truncated)  # evaluations; checkpoints, before a reset alone
             obs = env.reset()[0] if terminated or truncated else next_obs
     return agent, buffer, run.folder
 
@@ -451,9 +449,9 @@ class NativeLinear(CompiledLinear):
         native_polyak([online], [self], tau)
 
     def project(self, optimizer: torch.optim.Optimizer | None = None, index: torch.Tensor | None = None) -> int:
-        states, masters = zip(*self.moments(optimizer), strict=True) if optimizer and optimizer.state else ((), ())
-        tensors = ([self.values], [self.index], [self.master], [self.layout], states, masters)
-        given = [] if index is None else [index]
+        pairs, given = self.moments(optimizer), [] if index is None else [index]
+        moments = [[active for active, _ in pairs], [master for _, master in pairs]]
+        tensors = [[self.values], [self.index], [self.master], [self.layout], *moments]
         return torch.ops.rnm_td3.project.default(*tensors, self.n, self.m, given)[0]
 
 
@@ -482,7 +480,7 @@ class NativeActor(Actor):
 
     @torch.no_grad()
     def act(self, obs: np.ndarray, noise: float = 0.0) -> np.ndarray:
-        x, layers = torch.as_tensor(obs, dtype=torch.float32).view(1, -1), native_tensors(self.net.layers())
+        x, layers = torch.as_tensor(obs, dtype=torch.float32).reshape(1, -1), native_tensors(self.net.layers())
         return torch.ops.rnm_td3.act.default(x, layers, self.action_range(), noise).numpy()[0]
 
 
@@ -870,7 +868,8 @@ class Run:
         for each in self.handlers:
             signal.signal(each, signal.SIG_DFL)
         with contextlib.suppress(OSError):
-            os.write(2, b"\nfinishing the episode; Ctrl-C again ends at once\n")
+            what = b"episode" if self.args.checkpoint_interval else b"step"
+            os.write(2, b"\nfinishing the " + what + b"; Ctrl-C again ends at once\n")
 
     def steps(self) -> Iterator[int]:
         while self.step < self.args.total_timesteps and not self.stopped:
@@ -991,7 +990,7 @@ class Run:
         speed = int((self.step - self.first_step) / (now - self.started))
         self.scalars({"charts/SPS": speed})
         if terminal or now - self.last_line >= 60 or self.step == total:
-            end, self.last_line = "\r" if terminal and self.step < total else "\n", now
+            end, self.last_line = "\033[K\r" if terminal and self.step < total else "\n", now  # \033[K: clears the rest
             returns = f"return {self.last_return:.1f}, evaluation {self.last_evaluation:.1f}"
             print(f"step {self.step}/{total}, {speed} steps/s, {returns}", end=end, flush=True)
 
@@ -1278,9 +1277,7 @@ def read_model(path: str | Path, backend: str = "auto") -> tuple[Actor, dict]:
         return actor, model
     except UsageError:
         raise
-    except (
-        Exception
-    ) as error:  # pickle, zip and torch each have errors of their own, and a part may be missing or wrong
+    except Exception as error:  # pickle, zip and torch each have errors of their own; a part may be missing or wrong
         raise UsageError(f"{path}: cannot be read as a model of this script ({MODEL_FORMAT}): {error!r}") from error
 
 

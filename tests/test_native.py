@@ -369,6 +369,18 @@ def test_projection_matches_the_reference(rows, columns, m, share, levels, seed,
 
 
 @needs_kernels
+@pytest.mark.parametrize("backend", ["native", "masked"])
+def test_projection_with_an_optimizer_that_has_made_no_step_of_the_layer(backend):
+    layers = [BACKENDS[backend](16, 8, n=1, m=4) for _ in range(2)]
+    optimizer = torch.optim.Adam([layer.values for layer in layers])
+    layers[0].values.grad = torch.ones_like(layers[0].values)
+    optimizer.step()
+    for layer in layers:
+        layer.values.data *= 0.01
+        assert layer.project(optimizer) > 0 and torch.equal(layer.values, layer.master.gather(1, layer.index))
+
+
+@needs_kernels
 def test_projection_takes_nan_for_the_largest_as_the_reference_does():
     linear = nn.Linear(32, 1)
     for backend in ("native", "masked"):
