@@ -828,7 +828,10 @@ class Run:
     def __init__(self, args: Args, agent: TD3, buffer: ReplayBuffer, env: gym.Env, device: torch.device):
         """Takes the run folder for this process alone. Raises UsageError."""
         self.args, self.agent, self.buffer, self.env, self.device = args, agent, buffer, env, device
-        self.eval_env, self.config = make_env(args.env_id), run_config(args, device)
+        versions = {name: importlib.metadata.version(name) for name in ("torch", "gymnasium", "mujoco", "numpy")}
+        machine = {"device": str(device), "cpu": torch.backends.cpu.get_cpu_capability(), "versions": versions}
+        self.config = {**vars(args), **machine, "num_threads": torch.get_num_threads()}
+        self.eval_env = make_env(args.env_id)
         self.folder, lock = claim_run_folder(args)
         self.closing = [lock.release, self.eval_env.close, env.close]  # in the end, the last one first
         self.checkpoints, self.checkpointed, self.due_since = Checkpoints(self.folder / "checkpoints"), None, None
@@ -889,7 +892,11 @@ class Run:
         interval, self.episode_over = self.args.checkpoint_interval, done
         self.episodic_return, self.episodic_length = self.episodic_return + reward, self.episodic_length + 1
         if done:
-            self.log_episode()
+            self.write_row("episodes.csv", self.episodic_return, self.episodic_length)
+            self.scalars(
+                {"charts/episodic_return": self.episodic_return, "charts/episodic_length": self.episodic_length}
+            )
+            self.last_return, self.episodic_return, self.episodic_length = self.episodic_return, 0.0, 0
         if self.due(self.args.eval_interval):
             self.evaluate()
         if self.due(100):
@@ -962,12 +969,6 @@ class Run:
     def scalars(self, values: dict[str, float]) -> None:
         for name, value in values.items():
             self.writer.add_scalar(name, value, self.step)
-
-    def log_episode(self) -> None:
-        self.write_row("episodes.csv", self.episodic_return, self.episodic_length)
-        episode = {"episodic_return": self.episodic_return, "episodic_length": self.episodic_length}
-        self.scalars({f"charts/{name}": value for name, value in episode.items()})
-        self.last_return, self.episodic_return, self.episodic_length = self.episodic_return, 0.0, 0
 
     def log_losses(self, update: int, qf1_values: torch.Tensor, qf2_values: torch.Tensor, target_q: torch.Tensor):
         """Once in 100 updates, before evaluations and at the end. Raises FloatingPointError if one is not finite."""
@@ -1173,13 +1174,6 @@ def claim_run_folder(args: Args) -> tuple[Path, FileLock]:
     return folder, lock
 
 
-def run_config(args: Args, device: torch.device) -> dict:
-    """What made a run: all flags, and the machine."""
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "gymnasium", "mujoco", "numpy")}
-    machine = {"device": str(device), "cpu": torch.backends.cpu.get_cpu_capability(), "versions": versions}
-    return {**vars(args), **machine, "num_threads": torch.get_num_threads()}
-
-
 # Flags that may change when a run is resumed: its training stays the same to the bit.
 HARMLESS = {"total_timesteps", "checkpoint_interval", "overlap", "profile", "save_model", "resume"}
 HARMLESS |= {"capture_video", "track", "wandb_project_name", "wandb_entity"}
@@ -1311,15 +1305,6 @@ def evaluate_model(args: Args) -> None:
 # ---------------------------------------------------------------- command line
 
 
-def saved_args(run_folder: str) -> Args:
-    """The flags of a run. Raises UsageError."""
-    path = Path(run_folder, "config.json")
-    try:
-        return pydantic.TypeAdapter(Args).validate_json(path.read_bytes(), strict=True)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--resume {run_folder}: not a run folder of this script: {path}: {error}") from error
-
-
 def main() -> int:
     """Exit code: 0 done, 1 stopped by a fault, 2 bad input, 130 interrupted (SIGINT), 143 terminated (SIGTERM)."""
     args, show = tyro.cli(Args, description=__doc__), threading.excepthook
@@ -1327,7 +1312,12 @@ def main() -> int:
     threading.excepthook = lambda failure: None if issubclass(failure.exc_type, OSError) else show(failure)
     try:
         if args.resume:  # its flags are the defaults
-            saved = saved_args(args.resume)
+            try:
+                saved = pydantic.TypeAdapter(Args).validate_json(
+                    Path(args.resume, "config.json").read_bytes(), strict=True
+                )
+            except (OSError, ValueError) as error:
+                raise UsageError(f"--resume {args.resume}: not a run folder of this script: {error}") from error
             check_import(saved.env_id, args)
             args = tyro.cli(Args, description=__doc__, default=saved)
         train(args) if args.evaluate is None else evaluate_model(args)
