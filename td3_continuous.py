@@ -376,28 +376,29 @@ class CheckedEnv(gym.Wrapper):
     It gets copies of actions, clipped in its own type, and gives copies of observations: it may change its arrays.
     """
 
+    def __init__(self, env: gym.Env):
+        super().__init__(env)
+        self.shape, self.space = env.observation_space.shape, env.action_space  # which wrappers are slow to give
+
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
-        space = self.env.action_space
-        with self.faults("step"):
-            obs, reward, *done, info = self.env.step(np.clip(action.astype(space.dtype), space.low, space.high))
+        try:
+            action = np.minimum(np.maximum(action.astype(self.space.dtype), self.space.low), self.space.high)
+            obs, reward, *done, info = self.env.step(action)
             reward = float(np.asarray(reward).item())  # an array of one number is one, too
             return self.checked(obs, reward), reward, *map(bool, done), info
+        except Exception as error:  # whatever an environment's own code raises
+            raise EnvironmentFault(f"the environment failed in step: {error!r}") from error
 
     def reset(self, **options) -> tuple[np.ndarray, dict]:
-        with self.faults("reset"):
+        try:
             obs, info = self.env.reset(**options)
             return self.checked(obs), info
-
-    @contextlib.contextmanager
-    def faults(self, where: str) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:  # whatever an environment's own code raises
-            raise EnvironmentFault(f"the environment failed in {where}: {error!r}") from error
+        except Exception as error:
+            raise EnvironmentFault(f"the environment failed in reset: {error!r}") from error
 
     def checked(self, obs: np.ndarray, reward: float = 0.0) -> np.ndarray:
-        if np.shape(obs) != self.env.observation_space.shape:
-            raise ValueError(f"observation of shape {np.shape(obs)} instead of {self.env.observation_space.shape}")
+        if np.shape(obs) != self.shape:
+            raise ValueError(f"observation of shape {np.shape(obs)} instead of {self.shape}")
         if not (np.isfinite(obs).all() and math.isfinite(reward)):
             raise ValueError("NaN or infinity in observation or reward")
         return np.array(obs)
