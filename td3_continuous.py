@@ -457,15 +457,14 @@ class Run:
         self.config = {**vars(args), **machine, "num_threads": torch.get_num_threads()}
         self.eval_env = make_env(args.env_id)
         self.folder, lock = claim_run_folder(args)
-        self.closing = [lock.release, self.eval_env.close, env.close]  # in the end, the last one first
+        self.writer, self.profile, self.pool = None, cProfile.Profile(), ThreadPoolExecutor(1)
+        self.closing = [lock.release, self.eval_env.close, env.close, self.pool.shutdown]  # the last one first
         self.checkpoints, self.checkpointed, self.due_since = Checkpoints(self.folder / "checkpoints"), None, None
         self.step, self.episodic_return, self.episodic_length, self.episode_over = 0, 0.0, 0, True
         self.last_return, self.last_evaluation, self.rows = math.nan, math.nan, Counter()
         self.first_step, self.started = 0, time.monotonic()
         self.clock = self.last_line = self.started  # the clock stands still in evaluations
         self.signal, self.deadline, self.handlers, self.stopped = 0, math.inf, {}, False
-        self.writer, self.profile, self.pool = None, cProfile.Profile(), ThreadPoolExecutor(1)
-        self.closing.append(self.pool.shutdown)
 
     # ---- the loop
 
@@ -508,18 +507,15 @@ class Run:
         """Returns what makes the step, or, with --overlap, waits for it."""
         self.check_finite("action", action)
         self.episode_over = False
-        if self.args.overlap:
-            return self.pool.submit(self.env.step, action).result
-        return lambda: self.env.step(action)
+        return self.pool.submit(self.env.step, action).result if self.args.overlap else lambda: self.env.step(action)
 
     def end_step(self, reward: float, done: bool) -> None:
         interval, self.episode_over = self.args.checkpoint_interval, done
         self.episodic_return, self.episodic_length = self.episodic_return + reward, self.episodic_length + 1
         if done:
-            self.write_row("episodes.csv", self.episodic_return, self.episodic_length)
-            self.scalars(
-                {"charts/episodic_return": self.episodic_return, "charts/episodic_length": self.episodic_length}
-            )
+            episode = {"episodic_return": self.episodic_return, "episodic_length": self.episodic_length}
+            self.write_row("episodes.csv", *episode.values())
+            self.scalars({f"charts/{name}": value for name, value in episode.items()})
             self.last_return, self.episodic_return, self.episodic_length = self.episodic_return, 0.0, 0
         if self.due(self.args.eval_interval):
             self.evaluate()
@@ -541,10 +537,9 @@ class Run:
         returns = evaluate(self.agent.actor.act, self.eval_env, self.args.eval_episodes, self.args.seed + 100)
         seconds = time.monotonic() - start
         self.clock, self.deadline = self.clock + seconds, self.deadline + seconds
-        mean, std = float(np.mean(returns)), float(np.std(returns))
-        self.write_row("evaluations.csv", *returns, mean, std)
-        self.scalars({"eval/episodic_return": mean, "eval/episodic_return_std": std})
-        self.last_evaluation = mean
+        self.last_evaluation, std = float(np.mean(returns)), float(np.std(returns))
+        self.write_row("evaluations.csv", *returns, self.last_evaluation, std)
+        self.scalars({"eval/episodic_return": self.last_evaluation, "eval/episodic_return_std": std})
 
     def check_finite(self, name: str, *values: np.ndarray) -> None:
         """Raises FloatingPointError with the step, the networks and what to try if a value is not finite."""
@@ -637,10 +632,8 @@ class Run:
         generators = [generator.state for generator in self.generators()]
         generators += [random.getstate(), np.random.get_state(legacy=False)]  # some environments draw from these
         state |= {"generators": json.dumps(generators, default=np.ndarray.tolist), "torch": torch.get_rng_state()}
-        state |= {
-            "actor_loss": agent.actor_loss,
-            "cuda": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
-        }
+        cuda = torch.cuda.get_rng_state_all() if self.device.type == "cuda" else []
+        state |= {"actor_loss": agent.actor_loss, "cuda": cuda}
         try:
             self.writer.flush()  # what was logged until now is there when a run is resumed
             self.checkpoints.write(self.step, state, self.buffer)
@@ -720,8 +713,9 @@ class Run:
             kind = EnvironmentFault if kind is EnvironmentFault else OSError
             raise kind(f"step {self.step}: {error}; {advice}") from error
         if self.signal and not error:
-            where = f"step {self.step}; everything so far is in {self.folder}; {advice}"
-            print(f"\ninterrupted at {where}", file=sys.stderr)
+            print(
+                f"\ninterrupted at step {self.step}; everything so far is in {self.folder}; {advice}", file=sys.stderr
+            )
             raise KeyboardInterrupt if self.signal == signal.SIGINT else SystemExit(128 + self.signal)
 
 
@@ -734,10 +728,12 @@ def claim_run_folder(args: Args) -> tuple[Path, FileLock]:
     if args.resume and not (folder / "checkpoints").is_dir():
         raise UsageError(f"--resume {folder}: no checkpoints in it")
     try:
-        while not args.resume and folder.exists():  # two runs started in the same second
+        while not args.resume:
+            with contextlib.suppress(FileExistsError):  # two runs started in the same second
+                folder.mkdir(parents=True)
+                break
             started += 1
             folder = folder.with_name(f"{name}__{started}")
-        folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / "lock", timeout=0)  # the system releases it however the process ends
         lock.acquire()
     except Timeout as error:
@@ -805,11 +801,15 @@ class Checkpoints:
 def replace_file(path: Path, content: bytes | memoryview) -> None:
     """Write beside, bring down to the disk, rename: at any moment the old file or the new one is whole."""
     incomplete = path.with_name("incomplete")
-    with open(incomplete, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(incomplete, path)
+    try:
+        with open(incomplete, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(incomplete, path)
+    except OSError:
+        incomplete.unlink(missing_ok=True)  # on a full disk it would be in the way
+        raise
 
 
 # ---------------------------------------------------------------- model files
