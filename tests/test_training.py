@@ -312,7 +312,7 @@ def test_overlap_changes_no_bit_and_every_step_joins_the_next_batch(script, monk
     assert sizes == [*range(20, 60)] * 2
     for ours, theirs in zip(*(parameters(agent) for agent, _, _ in runs), strict=True):
         assert torch.equal(ours, theirs)
-    assert torch.equal(*(buffer.rows for _, buffer, _ in runs))
+    assert torch.equal(*(buffer.rows[:60] for _, buffer, _ in runs))  # the rows behind are not initialised
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
