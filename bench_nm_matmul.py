@@ -117,15 +117,18 @@ def native(layer, x, b, g):
     tensors = [layer.values.detach(), b, layer.layout]
     _, tape = mlp(x, tensors, True)
 
+    def split(dw):
+        return dw[: layer.values.numel()].view_as(layer.values), dw[layer.values.numel() :]
+
     def together():
         y, tape = mlp(x, tensors, True)
-        dx, (dv, db) = backward(g, x, tape, tensors, True, True)
-        return y, dx, dv, db
+        dx, dw = backward(g, x, tape, tensors, True, True)
+        return y, dx, *split(dw)
 
     return {
         "forward": lambda: mlp(x, tensors, False)[0],
         "dX": lambda: backward(g, x, tape, tensors, True, False)[0],
-        "dW": lambda: backward(g, x, tape, tensors, False, True)[1],
+        "dW": lambda: split(backward(g, x, tape, tensors, False, True)[1]),
         "together": together,
     }
 

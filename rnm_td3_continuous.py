@@ -445,29 +445,28 @@ class NativeLinear(CompiledLinear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return native_mlp(x, [self])
 
-    def polyak_(self, online: NMLinear, tau: float) -> None:
-        native_polyak([online], [self], tau)
-
     def project(self, optimizer: torch.optim.Optimizer | None = None, index: torch.Tensor | None = None) -> int:
-        pairs, given = self.moments(optimizer), [] if index is None else [index]
-        moments = [[active for active, _ in pairs], [master for _, master in pairs]]
-        tensors = [[self.values], [self.index], [self.master], [self.layout], *moments]
-        return torch.ops.rnm_td3.project.default(*tensors, self.n, self.m, given)[0]
+        pairs = self.moments(optimizer)
+        moments = [active for active, _ in pairs], [master for _, master in pairs]
+        tensors = self.values, self.index, self.master, self.layout, *moments
+        return torch.ops.rnm_td3.project.default(*tensors, self.n, self.m, index)
 
 
 class NMSequential(nn.Sequential):
-    """Native N:M layers with ReLU between them: a single call of the kernels, instead of one per layer."""
+    """Linear layers with ReLU between them, native N:M or dense ones: a single call of the kernels, not one a layer."""
 
     @staticmethod
     def fits(modules) -> bool:
         """Whether these are such layers: a slice, say, of such a network need not be."""
         kinds = [type(module) for module in modules]
-        return kinds == [NativeLinear, nn.ReLU] * (len(kinds) // 2) + [NativeLinear]
+        layers, between = kinds[::2], kinds[1::2]
+        native = NativeLinear in layers and {*layers} <= {NativeLinear, nn.Linear}
+        return native and between == [nn.ReLU] * (len(layers) - 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return native_mlp(x, self.layers()) if self.fits(self._modules.values()) else super().forward(x)
 
-    def layers(self) -> list[NativeLinear]:
+    def layers(self) -> list[nn.Module]:
         return list(self._modules.values())[::2]
 
 
@@ -480,8 +479,8 @@ class NativeActor(Actor):
 
     @torch.no_grad()
     def act(self, obs: np.ndarray, noise: float = 0.0) -> np.ndarray:
-        x, layers = torch.as_tensor(obs, dtype=torch.float32).reshape(1, -1), native_tensors(self.net.layers())
-        return torch.ops.rnm_td3.act.default(x, layers, self.action_range(), noise).numpy()[0]
+        x, layers = torch.as_tensor(obs, dtype=torch.float32), native_tensors(self.net.layers())
+        return torch.ops.rnm_td3.act.default(x, layers, self.action_range(), noise).numpy()
 
 
 def fuse(network: nn.Module) -> nn.Module:
@@ -495,38 +494,46 @@ def fuse(network: nn.Module) -> nn.Module:
 
 
 class NativeTD3(TD3):
-    """TD3 without autograd, whose overhead is that of the products; for networks that are sparse throughout."""
+    """TD3 in one call of the kernels an update, from the rows of the batch to the step of Adam."""
 
     @torch.no_grad()
     def update_critics(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        networks = (self.actor_target, self.qf1_target, self.qf2_target, self.qf1, self.qf2)
-        tensors = (native_tensors(network.net.layers()) for network in networks)
-        operator, noise = torch.ops.rnm_td3.critic_gradients.default, (self.args.policy_noise, self.args.noise_clip)
-        *values, gradients = operator(batch, self.actor.action_range(), *noise, self.args.gamma, *tensors)
-        native_adam(self.q_optimizer, gradients)
-        return tuple(values)
+        args, names = self.args, ("actor_target", "qf1_target", "qf2_target", "qf1", "qf2")
+        tensors = (native_tensors(self.networks[name].net.layers()) for name in names)
+        state, noise = adam_state(self.q_optimizer), (args.policy_noise, args.noise_clip)
+        operator = torch.ops.rnm_td3.update_critics.default
+        return operator(batch, self.actor.action_range(), *tensors, *state, *noise, args.gamma)
 
     @torch.no_grad()
     def update_actor(self, obs: torch.Tensor) -> None:
         tensors = (native_tensors(network.net.layers()) for network in (self.actor, self.qf1))
-        operator = torch.ops.rnm_td3.actor_gradients.default
-        self.actor_loss, gradients = operator(obs, self.actor.action_range(), *tensors)
-        native_adam(self.actor_optimizer, gradients)
+        operator, state = torch.ops.rnm_td3.update_actor.default, adam_state(self.actor_optimizer)
+        self.actor_loss = operator(obs, self.actor.action_range(), *tensors, *state)
 
     def update_targets(self) -> None:
-        for name in ("actor", "qf1", "qf2"):
-            online, target = self.networks[name], self.networks[f"{name}_target"]
-            native_polyak(online.net.layers(), target.net.layers(), self.args.tau)
+        lists = []
+        for suffix in ("", "_target"):
+            layers = [layer for name in ("actor", "qf1", "qf2") for layer in self.networks[name + suffix].net.layers()]
+            masters = (layer._buffers.get("master", layer._parameters.get("weight")) for layer in layers)
+            lists += native_tensors(layers), list(masters)
+        torch.ops.rnm_td3.polyak.default(*lists, self.args.tau)
 
 
-def native_tensors(layers: list[NativeLinear]) -> list[torch.Tensor]:
+def native_tensors(layers: list[nn.Module]) -> list[torch.Tensor]:
     """Values, bias and layout of each layer in turn, as the kernels take them."""
     tensors = []
     for layer in layers:
-        parameters = layer._parameters  # an attribute of a module takes ten times as long, and this is called often
-        bias = parameters.get("bias")
-        tensors += parameters["values"], layer.master.new_empty(0) if bias is None else bias, layer._buffers["layout"]
+        parameters, layout = layer._parameters, layer._buffers.get("layout")  # ten times as fast as attributes
+        values, bias = parameters["weight" if layout is None else "values"], parameters.get("bias")
+        tensors += values, values.new_empty(0) if bias is None else bias
+        tensors.append(dense_layout(*values.shape) if layout is None else layout)
     return tensors
+
+
+@cache
+def dense_layout(rows: int, columns: int) -> torch.Tensor:
+    """Layout of a layer whose weights are all active."""
+    return torch.ops.rnm_td3.layout(torch.arange(columns).repeat(rows, 1), columns)
 
 
 def native_mlp(x: torch.Tensor, layers: list[NativeLinear]) -> torch.Tensor:
@@ -536,24 +543,43 @@ def native_mlp(x: torch.Tensor, layers: list[NativeLinear]) -> torch.Tensor:
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
-def native_polyak(online: list[NativeLinear], target: list[NativeLinear], tau: float) -> None:
-    """`NMLinear.polyak_` of several layers in one call of the kernels."""
-    lists = (f(layers) for layers in (online, target) for f in (native_tensors, lambda x: [y.master for y in x]))
-    torch.ops.rnm_td3.polyak.default(*lists, tau)
+def register_gradients() -> None:
+    """Let autograd and torch.compile go through `mlp`."""
+
+    def backward(ctx, grad: torch.Tensor, _) -> tuple:
+        x, tape, *layers = ctx.saved_tensors
+        need_x, need_w, _ = ctx.needs_input_grad
+        dx, dw = torch.ops.rnm_td3.mlp_backward.default(grad, x, tape, layers, need_x, any(need_w))
+        weights, sizes = [None] * len(layers), [size for v in layers[::3] for size in (v.numel(), len(v), 0)]
+        for i, part in enumerate(dw.split(sizes) if any(need_w) else ()):
+            weights[i] = part.view_as(layers[i]) if need_w[i] else None
+        return dx if need_x else None, weights, None
+
+    def keep(ctx, inputs: tuple, output: tuple) -> None:
+        ctx.save_for_backward(inputs[0], output[1], *inputs[1])
+
+    def shapes(x: torch.Tensor, layers: list[torch.Tensor], save: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        width = x.shape[1] + sum(values.shape[0] for values in layers[:-3:3])
+        tape = -(-x.shape[0] // 128) * 128 * width if save else 0
+        return x.new_empty(x.shape[0], layers[-3].shape[0]), x.new_empty(tape)
+
+    def backward_shapes(grad, x, tape, layers, need_x, need_w) -> tuple[torch.Tensor, torch.Tensor]:
+        size = sum(values.numel() + len(values) for values in layers[::3])
+        return x.new_empty(x.shape[0] * need_x, x.shape[1]), x.new_empty(size * need_w)
+
+    torch.library.register_autograd("rnm_td3::mlp", backward, setup_context=keep)
+    torch.library.register_fake("rnm_td3::mlp", shapes)
+    torch.library.register_fake("rnm_td3::mlp_backward", backward_shapes)
 
 
-def native_adam(optimizer: torch.optim.Adam, gradients: list[torch.Tensor]) -> None:
-    """`optimizer.step()` with the given gradients of its parameters, in one call of the kernels."""
-    group = optimizer.param_groups[0]
-    if not optimizer.state:  # PyTorch makes it
-        for parameter, gradient in zip(group["params"], gradients, strict=True):
-            parameter.grad = gradient
-        optimizer.step()
-        return optimizer.zero_grad()
-    states = [optimizer.state[parameter] for parameter in group["params"]]
-    lists = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))
-    operator, options = torch.ops.rnm_td3.adam.default, (group["lr"], *group["betas"], group["eps"])
-    operator(group["params"], gradients, *lists, *options)
+def adam_state(optimizer: torch.optim.Adam) -> tuple[list[torch.Tensor], list[float]]:
+    """Parameters, both moments of each, and counts of steps; step size, betas, epsilon: as the kernels take them."""
+    group, keys = optimizer.param_groups[0], ("exp_avg", "exp_avg_sq", "step")
+    if not optimizer.state:  # as PyTorch makes it at its first step
+        for p in group["params"]:
+            optimizer.state[p] = {"step": torch.tensor(0.0), **{key: torch.zeros_like(p) for key in keys[:2]}}
+    states, options = [optimizer.state[p] for p in group["params"]], [group["lr"], *group["betas"], group["eps"]]
+    return [*group["params"], *(state[key] for key in keys for state in states)], options
 
 
 CUTLASS, CUSPARSELT = torch.sparse.SparseSemiStructuredTensorCUTLASS, torch.sparse.SparseSemiStructuredTensorCUSPARSELT
@@ -661,7 +687,7 @@ def layer_options(args: Args, device: torch.device) -> dict:
 def choose_agent(args: Args, obs_dim: int, action_dim: int, device: torch.device) -> type[TD3]:
     """TD3, or NativeTD3 where it can be had. Settles `args.backend`. Raises UsageError."""
     args.backend = choose_backend(args.backend, args.n, args.m, device, (obs_dim + action_dim, *args.hidden_sizes))
-    return NativeTD3 if args.backend == "native" and args.dense_layers == "none" else TD3
+    return NativeTD3 if args.backend == "native" else TD3
 
 
 @cache
@@ -696,6 +722,7 @@ def load_kernels() -> str | None:
         if isinstance(error, OSError) and str(root) in str(error):
             advice = f"set TORCH_EXTENSIONS_DIR to a folder that can be written, instead of {root}"
         return f"no CPU kernels, {advice} ({type(error).__name__}: {' '.join(str(error).split())[:100]})"
+    register_gradients()
     return None
 
 

@@ -18,7 +18,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.utils import cpp_extension
 
-import rnm_td3_continuous
 from rnm_td3_continuous import (
     BACKENDS,
     TD3,
@@ -31,7 +30,7 @@ from rnm_td3_continuous import (
     UsageError,
     choose_backend,
     load_kernels,
-    native_adam,
+    native_tensors,
     sparsify,
 )
 
@@ -238,96 +237,160 @@ def test_kernels_follow_projections_and_loaded_states():
     assert torch.equal(pickle.loads(pickle.dumps(net))(x), net(x))
 
 
-@needs_kernels
-@pytest.mark.parametrize("dense_layers, fused", [("none", True), ("none", False), ("first", False), ("last", False)])
-def test_one_td3_update_matches_masked_float64(dense_layers, fused, monkeypatch):
-    """All six networks: gradients of critics and actor on one batch, the targets' part included."""
-    args = Args(n=1, m=4, hidden_sizes=(32, 24), dense_layers=dense_layers, policy_noise=0.0, tau=0.3)
-    low, high = np.full(3, -1.0, np.float32), np.ones(3, np.float32)
-    agents = []
-    for dtype, backend in ((torch.float32, "native"), (torch.float64, "masked")):
+LOW, HIGH = np.array([-1, 0, -30], np.float32), np.array([1, 0.5, 10], np.float32)
+DENSE_LAYERS = ["none", "first", "last", "first,last"]
+
+
+def make_agents(*kinds, **options):
+    """Agents of (class, backend, dtype) with the same weights and random numbers: 5 observations, 3 actions."""
+    agents, options = [], {"n": 1, "m": 4, "hidden_sizes": (37, 24), **options}
+    for kind, backend, dtype in kinds:
         torch.manual_seed(3)
-        args.backend = backend
-        agent_class = NativeTD3 if fused and backend == "native" else TD3
-        agents.append(agent_class(5, low, high, args, torch.device("cpu")))
+        agents.append(kind(5, LOW, HIGH, Args(**options, backend=backend), torch.device("cpu")))
         for net in agents[-1].networks.values():
             net.to(dtype)
-    native, masked = agents
+    return agents
 
-    def adam_that_shows_its_gradients(optimizer, gradients):
-        for parameter, gradient in zip(optimizer.param_groups[0]["params"], gradients, strict=True):
-            parameter.grad = gradient
-        optimizer.step()
 
-    monkeypatch.setattr(rnm_td3_continuous, "native_adam", adam_that_shows_its_gradients)
-    assert isinstance(native.actor.net, NMSequential) == (dense_layers == "none")
-    generator = torch.Generator().manual_seed(0)
-    batch = [torch.randn(40, width, generator=generator).squeeze(1) for width in (5, 3, 5, 1)]
-    batch.append((torch.rand(40, generator=generator) < 0.3).float())
-    values = [
-        agent.update_critics(Batch(*(tensor.to(dtype) for tensor in batch)))
-        for agent, dtype in ((native, torch.float32), (masked, torch.float64))
-    ]
-    for ours, theirs in zip(*values, strict=True):
-        close(ours, theirs, "values")
-    for name in ("qf1", "qf2"):
-        for ours, theirs in zip(*(agent.networks[name].parameters() for agent in agents), strict=True):
-            close(ours.grad, theirs.grad, name, floor=1e-3)
-            theirs.data.copy_(ours.data)  # Adam's first step is a sign: it may differ where a gradient is zero
-    native.update_actor(batch[0])
-    masked.update_actor(batch[0].double())
-    close(native.actor_loss, masked.actor_loss, "actor loss")
-    for ours, theirs in zip(*(agent.actor.parameters() for agent in agents), strict=True):
-        close(ours.grad, theirs.grad, "actor", floor=1e-3)
+NATIVE, AUTOGRAD = (NativeTD3, "native", torch.float32), (TD3, "native", torch.float32)
+MASKED, EXACT = (TD3, "masked", torch.float32), (TD3, "masked", torch.float64)
+
+
+def random_batch(generator, size):
+    """Parts of longer rows, as the replay buffer gives them."""
+    rows = torch.randn(size, 15, generator=generator)
+    rows[:, 14] = (rows[:, 14] > 0.5).float()
+    obs, action, next_obs, reward, terminated = rows.split([5, 3, 5, 1, 1], dim=1)
+    return Batch(obs, action, next_obs, reward.squeeze(1), terminated.squeeze(1))
+
+
+def update(agents, batch, step, policy_frequency=2, project=0):
+    """One step of the training loop; returns what each agent computes on the way. Noise is the same for every dtype."""
+    results = []
+    for agent in agents:
+        dtype = agent.actor.action_low.dtype
+        torch.manual_seed(step)
+        draw, noise = torch.randn_like, torch.randn(batch.action.shape)
+        torch.manual_seed(step)
+        torch.randn_like = lambda x, noise=noise, draw=draw: noise.to(x.dtype) if x.dtype == torch.float64 else draw(x)
+        try:
+            parts = Batch(*(part.to(dtype) for part in batch))
+            results.append(list(agent.update_critics(parts)))
+        finally:
+            torch.randn_like = draw
+        if step % policy_frequency == 0:
+            agent.update_actor(parts.obs)
+            agent.update_targets()
+            results[-1].append(agent.actor_loss)
+        if project and step % project == 0:
+            results[-1].append(torch.tensor(list(agent.project().values())))
+    return results
 
 
 @needs_kernels
-def test_fused_updates_equal_those_with_autograd():
+@pytest.mark.parametrize("dense_layers", DENSE_LAYERS)
+@pytest.mark.parametrize("batch_size", [1, 40, 128, 300, 1000])
+def test_values_and_gradients_of_an_update_match_float64(dense_layers, batch_size):
+    """Critics, targets included, and actor. After its first step, Adam's average is a tenth of the gradient."""
+    agents = native, exact = make_agents(NATIVE, EXACT, dense_layers=dense_layers, policy_noise=1.0)
+    assert isinstance(native.actor.net, NMSequential)
+    batch = random_batch(torch.Generator().manual_seed(0), batch_size)
+    ours, theirs = update(agents, batch, 1)
+    for got, want in zip(ours, theirs, strict=True):
+        close(got, want, "values")
+    for name in ("qf1", "qf2"):
+        for p, q in zip(*(agent.networks[name].parameters() for agent in agents), strict=True):
+            close(native.q_optimizer.state[p]["exp_avg"] * 10, q.grad, name, floor=1e-3)
+            q.data.copy_(p.data)  # Adam's first step is a sign: it may differ where a gradient is zero
+    for agent in agents:
+        agent.update_actor(batch.obs.to(agent.actor.action_low.dtype))
+    close(native.actor_loss, exact.actor_loss, "actor loss")
+    for p, q in zip(*(agent.actor.parameters() for agent in agents), strict=True):
+        close(native.actor_optimizer.state[p]["exp_avg"] * 10, q.grad, "actor", floor=1e-3)
+
+
+@needs_kernels
+@pytest.mark.parametrize("target_mask", ["own", "online"])
+@pytest.mark.parametrize(
+    "dense_layers, sizes, n, m", [("none", (37, 24), 1, 4), ("first,last", (64, 70), 2, 4), ("last", (33,), 3, 7)]
+)
+def test_300_updates_are_as_near_to_float64_as_those_of_the_reference(target_mask, dense_layers, sizes, n, m):
+    options = {"n": n, "m": m, "hidden_sizes": sizes, "dense_layers": dense_layers, "target_mask": target_mask}
+    agents = make_agents(NATIVE, MASKED, EXACT, **options, tau=0.05, policy_noise=1.0)
+    generator, sad = torch.Generator().manual_seed(0), 0
+    for step in range(1, 301):
+        results = update(agents, random_batch(generator, 50), step, project=25)
+        sad += int(results[0][-1].sum()) if step % 25 == 0 else 0
+    assert sad > 100  # else the projections were not tested
+    errors = {}
+    for name, networks in {name: [agent.networks[name] for agent in agents] for name in agents[0].networks}.items():
+        for i, layers in enumerate(zip(*(network.net[::2] for network in networks), strict=True)):
+            whole = [layer.sync() if hasattr(layer, "master") else layer.weight for layer in layers]
+            native, masked = ((w.double() - whole[2]).norm() / whole[2].norm() for w in whole[:2])
+            errors[f"{name} {i}"] = native.item(), masked.item()
+    for native, masked in errors.values():
+        assert native < 3 * masked + 1e-5, errors
+
+
+@needs_kernels
+@pytest.mark.parametrize("dense_layers", ["none", "first,last"])
+def test_fused_updates_equal_those_with_autograd(dense_layers):
     """The same kernels and random numbers with and without autograd, over updates of critics, actor and targets."""
-    low, high = np.array([-1, 0, -30], np.float32), np.array([1, 0.5, 10], np.float32)
-    generator, agents = torch.Generator().manual_seed(0), []
-    for agent_class in (TD3, NativeTD3):
-        torch.manual_seed(3)
-        args = Args(n=1, m=4, hidden_sizes=(32, 24), policy_noise=1.0, tau=0.3, learning_rate=1e-3, backend="native")
-        agents.append(agent_class(5, low, high, args, torch.device("cpu")))
-    plain, fused = agents
-    for step in range(20):
-        rows = torch.randn(40, 15, generator=generator)
-        batch = Batch(*rows[:, :14].split([5, 3, 5, 1], dim=1)[:3], rows[:, 13], (rows[:, 14] > 0.5).float())
-        results = []
-        for agent in agents:
-            torch.manual_seed(step)  # the noise of the target policy
-            results.append(agent.update_critics(batch))
-            agent.update_actor(batch.obs)
-            agent.update_targets()
-            results[-1] += (agent.actor_loss,)
-            if step % 7 in (0, 6):  # at first the actor's optimizer holds nothing
-                results[-1] += tuple(torch.tensor(list(agent.project().values())))
-            results[-1] += tuple(torch.from_numpy(agent.actor.act(rows[0, :5].numpy(), noise)) for noise in (0, 3))
+    agents = make_agents(AUTOGRAD, NATIVE, dense_layers=dense_layers, policy_noise=1.0, tau=0.3, learning_rate=1e-3)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(1, 21):
+        batch = random_batch(generator, 40)
+        results = update(agents, batch, step, policy_frequency=1, project=7)
+        for agent, result in zip(agents, results, strict=True):
+            torch.manual_seed(step)
+            obs = batch.obs[0].numpy()
+            result += [torch.from_numpy(agent.actor.act(obs, noise)) for noise in (0, 3)]
         for ours, theirs in zip(*results, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    for agent in agents:
+        for layer in agent.nm_layers.values():
+            layer.sync()
+    plain, fused = agents
     for name, network in plain.networks.items():
         for key, value in fused.networks[name].state_dict().items():
             torch.testing.assert_close(value, network.state_dict()[key], rtol=1e-3, atol=1e-4)
-    assert (fused.actor.act(rows[0, :5].numpy(), 100.0) == [low, high]).any(0).all()
+    assert (fused.actor.act(obs, 100.0) == [LOW, HIGH]).any(0).all()
 
 
 @needs_kernels
-def test_adam_matches_pytorch():
-    sizes = [(300, 65), (7,), (1, 33)]
-    ours, theirs = ([nn.Parameter(torch.ones(size)) for size in sizes] for _ in range(2))
-    options = {"lr": 1e-2, "betas": (0.8, 0.99), "eps": 1e-3, "fused": True}
-    optimizers = [torch.optim.Adam(parameters, **options) for parameters in (ours, theirs)]
-    for step in range(10):
-        gradients = [torch.randn(size) * 10.0 ** (step % 5 - 3) for size in sizes]
-        with torch.no_grad():
-            native_adam(optimizers[0], gradients)
-        for parameter, gradient in zip(theirs, gradients, strict=True):
-            parameter.grad = gradient
-        optimizers[1].step()
-    states = (optimizer.state_dict()["state"] for optimizer in optimizers)
-    torch.testing.assert_close(*states, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+def test_steps_of_adam_match_pytorchs():
+    """The gradients come from autograd through the same kernels; what the optimizer holds is as PyTorch makes it."""
+    agents = make_agents(AUTOGRAD, NATIVE, learning_rate=1e-2)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(1, 11):
+        update(agents, random_batch(generator, 64), step, policy_frequency=1)
+        for plain, fused in zip(*((agent.q_optimizer, agent.actor_optimizer) for agent in agents), strict=True):
+            theirs, ours = plain.state_dict(), fused.state_dict()
+            torch.testing.assert_close(ours["state"], theirs["state"], rtol=2e-3, atol=1e-6)
+            assert ours["param_groups"] == theirs["param_groups"]
+            fused.load_state_dict(copy.deepcopy(theirs))
+        for name, network in agents[0].networks.items():
+            torch.testing.assert_close(
+                [*agents[1].networks[name].parameters()], [*network.parameters()], rtol=1e-3, atol=1e-4
+            )
+            agents[1].networks[name].load_state_dict(network.state_dict())
+
+
+@needs_kernels
+@pytest.mark.parametrize("dense_layers", ["none", "first,last"])
+def test_updates_are_the_same_bits_with_any_number_of_threads_and_again(dense_layers):
+    results = []
+    for threads in (1, 2, 3, 2):
+        torch.set_num_threads(threads)
+        (agent,) = make_agents(NATIVE, dense_layers=dense_layers, hidden_sizes=(70, 200))
+        generator = torch.Generator().manual_seed(0)
+        outputs = [update([agent], random_batch(generator, 300), step, project=5)[0] for step in range(1, 13)]
+        states = [network.state_dict() for network in agent.networks.values()]
+        optimizers = [optimizer.state_dict()["state"] for optimizer in (agent.q_optimizer, agent.actor_optimizer)]
+        results.append((outputs, states, optimizers))
+    torch.set_num_threads(1)
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=0, atol=0)
 
 
 @needs_kernels
@@ -394,20 +457,31 @@ def test_projection_takes_nan_for_the_largest_as_the_reference_does():
         assert layer.index[0, 1:3].tolist() == [7, 8]
 
 
+def polyak(online, target, tau):
+    lists = [f([layer]) for layer in (online, target) for f in (native_tensors, lambda layers: [layers[0].master])]
+    torch.ops.rnm_td3.polyak(*lists, tau)
+
+
 @needs_kernels
 @pytest.mark.parametrize("sizes", [[5, 3], [17, 256], [300, 70]])
-def test_polyak_matches_the_reference(sizes):
+@pytest.mark.parametrize("same_masks", [False, True])
+def test_polyak_matches_the_reference(sizes, same_masks):
     pairs = []
     for backend in ("native", "masked"):
         online, target = (network(sizes, 1, 4, seed=seed, backend=backend)[0] for seed in (1, 2))
+        if same_masks:  # of all rows but one
+            target.project(index=torch.cat([target.index[:1], online.index[1:]]))
         for layer in (online, target):  # not what the masters hold
             layer.values.data += 0.1
-        target.polyak_(online, 0.3)
+        for _ in range(3):
+            polyak(online, target, 0.3) if backend == "native" else target.polyak_(online, 0.3)
+            online.values.data += 0.1
         pairs.append((online, target))
     for native, masked in zip(*pairs, strict=True):
+        for layer in (native, masked):
+            layer.sync()
         for name, tensor in masked.state_dict().items():
             torch.testing.assert_close(native.state_dict()[name], tensor, rtol=1e-6, atol=1e-7)
-        assert torch.equal(native.values, native.master.gather(1, native.index))
 
 
 @needs_kernels
@@ -424,7 +498,7 @@ def test_a_network_that_was_cut_or_grown_runs_as_it_reads():
 def test_weights_changed_before_the_backward_pass_are_seen():
     online, target = (NativeLinear(12, 5, bias=False, n=1, m=4) for _ in range(2))
     y = target(torch.randn(3, 12, requires_grad=True))
-    target.polyak_(online, 0.5)
+    polyak(online, target, 0.5)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
 
@@ -436,8 +510,9 @@ def test_transposed_weights_of_a_dense_layer():
     layers = [[BACKENDS[backend].from_linear(linear, 1, 4) for _ in range(2)] for backend in ("native", "masked")]
     for online, target in layers:
         online.values.data += 1
-        target.polyak_(online, 0.3)
-    torch.testing.assert_close(layers[0][1].master, layers[1][1].master)
+    polyak(*layers[0], 0.3)
+    layers[1][1].polyak_(layers[1][0], 0.3)
+    torch.testing.assert_close(layers[0][1].sync(), layers[1][1].sync())
 
 
 @needs_kernels
@@ -452,7 +527,7 @@ def test_what_does_not_fit_is_refused():
             torch.ops.rnm_td3.layout(torch.tensor([[0, 3], [0, wrong]]), 12)
     for other in (NativeLinear(4096, 2048, n=1, m=4), NativeLinear(12, 5, n=2, m=4)):
         with pytest.raises(RuntimeError, match=r"differ in shape|do not fit"):
-            NativeLinear(12, 5, n=1, m=4).polyak_(other, 0.5)
+            polyak(other, NativeLinear(12, 5, n=1, m=4), 0.5)
     with pytest.raises(RuntimeError, match="65536"):
         torch.ops.rnm_td3.layout(torch.zeros(65537, 1, dtype=torch.int64), 12)
     with pytest.raises(RuntimeError, match="save=False"):
