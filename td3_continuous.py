@@ -36,6 +36,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -176,8 +177,6 @@ class TD3:
         self.actor = Actor(obs_dim, action_low, action_high, args.hidden_sizes).to(device)
         self.qf1 = QNetwork(obs_dim, len(action_low), args.hidden_sizes).to(device)
         self.qf2 = QNetwork(obs_dim, len(action_low), args.hidden_sizes).to(device)
-        for network in (self.actor, self.qf1, self.qf2):
-            fuse(network, device)
         self.actor_target = copy.deepcopy(self.actor).requires_grad_(False)
         self.qf1_target = copy.deepcopy(self.qf1).requires_grad_(False)
         self.qf2_target = copy.deepcopy(self.qf2).requires_grad_(False)
@@ -240,7 +239,8 @@ def train(args: Args) -> tuple[TD3, ReplayBuffer, Path]:
 
     obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
     with enough_memory():
-        agent = TD3(obs_dim, env.action_space.low, env.action_space.high, args, device)
+        td3 = FusedTD3 if device.type == "cpu" else TD3
+        agent = td3(obs_dim, env.action_space.low, env.action_space.high, args, device)
         buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim)
 
     with Run(args, agent, buffer, env, device) as run:  # folder, logs, evaluations, checkpoints, signals
@@ -275,54 +275,81 @@ def train(args: Args) -> tuple[TD3, ReplayBuffer, Path]:
 # ---------------------------------------------------------------- products on oneDNN
 
 
-class FusedMLP(torch.autograd.Function):
-    """Linear layers with ReLU between them in one call, on oneDNN, which `nn.Linear` does not use for float32."""
+class FusedTD3(TD3):
+    """TD3 whose gradients are written out: autograd costs a fifth of an update."""
 
-    @staticmethod
-    def forward(ctx, x: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
-        """x [B, C]; weight and bias of each layer in turn."""
-        x, inputs = x.contiguous(), []  # other strides would take a slow path
-        for i in range(0, len(parameters), 2):
-            inputs.append(x)
-            activation = "relu" if i + 2 < len(parameters) else "none"
-            x = torch.ops.mkldnn._linear_pointwise(x, *parameters[i : i + 2], activation, [], "")
-        ctx.save_for_backward(*inputs, *parameters)
-        return x
+    @torch.no_grad()
+    def update_critics(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        args, actor, target = self.args, self.actor, self.actor_target
+        noise = (torch.randn_like(batch.action) * args.policy_noise).clamp(-args.noise_clip, args.noise_clip)
+        squashed = forward(target.net, batch.next_obs)[0].tanh_()
+        next_action = torch.addcmul(actor.action_bias, squashed.add_(noise), actor.action_scale)
+        next_x = torch.cat([batch.next_obs, next_action.clamp_(actor.action_low, actor.action_high)], dim=1)
+        next_q1, next_q2 = (forward(q.net, next_x)[0].squeeze(1) for q in (self.qf1_target, self.qf2_target))
+        target_q = batch.reward + (1 - batch.terminated) * args.gamma * torch.min(next_q1, next_q2)  # [B]
+        x, values, gradients = torch.cat([batch.obs, batch.action], dim=1), [], []
+        for qf in (self.qf1, self.qf2):
+            q, tape = forward(qf.net, x)
+            values.append(q.squeeze(1))
+            gradients += backward(qf.net, tape, (q - target_q.unsqueeze(1)) * (2 / len(q)))[0]  # of the squared error
+        step(self.q_optimizer, gradients)
+        return *values, target_q
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: torch.Tensor):
-        layers = len(ctx.saved_tensors) // 3
-        inputs, weights, gradients = ctx.saved_tensors[:layers], ctx.saved_tensors[layers::2], []
-        product = lambda a, b: torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")  # noqa: E731
-        grad = grad.contiguous()
-        for i in reversed(range(layers)):
-            if ctx.needs_input_grad[1]:
-                gradients = [product(grad.t(), inputs[i]), grad.sum(0), *gradients]
-            if i > 0:
-                grad = torch.ops.aten.threshold_backward(product(grad, weights[i]), inputs[i], 0)
-        dx = product(grad, weights[0]) if ctx.needs_input_grad[0] else None
-        return dx, *(gradients or [None] * 2 * layers)
-
-
-class FusedSequential(nn.Sequential):
-    """Linear layers with ReLU between them, as `mlp` makes them."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if len(x) == 1:  # acting
-            return super().forward(x)
-        layers = list(self._modules.values())[::2]
-        return FusedMLP.apply(x, *(parameter for layer in layers for parameter in layer._parameters.values()))
+    @torch.no_grad()
+    def update_actor(self, obs: torch.Tensor) -> None:
+        output, tape = forward(self.actor.net, obs)
+        squashed, scale = output.tanh_(), self.actor.action_scale
+        action = torch.addcmul(self.actor.action_bias, squashed, scale)
+        q, q_tape = forward(self.qf1.net, torch.cat([obs, action], dim=1))
+        _, dx = backward(self.qf1.net, q_tape, torch.full_like(q, -1 / len(q)), need_w=False, need_x=True)
+        grad = dx[:, obs.shape[1] :] * (scale * (1 - squashed * squashed))
+        step(self.actor_optimizer, backward(self.actor.net, tape, grad)[0])
+        self.actor_loss = -q.mean()
 
 
-def fuse(network: nn.Module, device: torch.device) -> None:
-    """Let `network.net` run on oneDNN where that is faster.
+def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, relu=False) -> torch.Tensor:
+    """x W^T + b, on oneDNN where that is the faster one."""
+    if one_dnn() and x.dtype == torch.float32:
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "relu" if relu else "none", [], "")
+    y = F.linear(x, weight, bias)
+    return y.relu_() if relu else y
 
-    It is with AVX-512, measured on AMD, where `nn.Linear` runs at half the speed; with AVX2 it is not.
-    """
-    cpu = device.type == "cpu" and torch.get_default_dtype() == torch.float32
-    if cpu and torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512":
-        network.net = FusedSequential(*network.net)
+
+@cache
+def one_dnn() -> bool:
+    """On AMD from Zen 5 (family 26) on: MKL, on which `nn.Linear` runs, does not use its registers' whole width."""
+    info = Path("/proc/cpuinfo")
+    family = re.search(r"AuthenticAMD\ncpu family\s*: (\d+)", info.read_text() if info.exists() else "")
+    return bool(family) and int(family[1]) >= 26 and torch.backends.mkldnn.is_available()
+
+
+def forward(net: nn.Sequential, x: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """What linear layers with ReLU between them make of x [B, C], and the input of each layer."""
+    tape, layers = [], list(net._modules.values())[::2]
+    for layer in layers:
+        tape.append(x.contiguous())  # other strides would take a slow path
+        x = product(tape[-1], *layer._parameters.values(), relu=layer is not layers[-1])
+    return x, tape
+
+
+def backward(net: nn.Sequential, tape: list[torch.Tensor], grad: torch.Tensor, need_w=True, need_x=False) -> tuple:
+    """Gradients of all parameters, if they are wanted, and of x, from that of the output."""
+    gradients, layers = [], list(net._modules.values())[::2]
+    for i in reversed(range(len(layers))):
+        if need_w:
+            gradients = [product(grad.t(), tape[i].t()), grad.sum(0), *gradients]
+        if i or need_x:
+            grad = product(grad, layers[i]._parameters["weight"].t())
+        if i:
+            grad = torch.ops.aten.threshold_backward(grad, tape[i], 0)
+    return gradients, grad
+
+
+def step(optimizer: torch.optim.Optimizer, gradients: list[torch.Tensor]) -> None:
+    """The optimizer's step, with the given gradients of its parameters."""
+    for parameter, gradient in zip(optimizer.param_groups[0]["params"], gradients, strict=True):
+        parameter.grad = gradient
+    optimizer.step()
 
 
 # ---------------------------------------------------------------- errors and arguments

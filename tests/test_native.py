@@ -508,7 +508,7 @@ def test_transposed_weights_of_a_dense_layer():
     linear = nn.Linear(8, 12)
     linear.weight = nn.Parameter(torch.randn(8, 12).t())
     layers = [[BACKENDS[backend].from_linear(linear, 1, 4) for _ in range(2)] for backend in ("native", "masked")]
-    for online, target in layers:
+    for online, _ in layers:
         online.values.data += 1
     polyak(*layers[0], 0.3)
     layers[1][1].polyak_(layers[1][0], 0.3)

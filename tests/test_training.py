@@ -1,6 +1,5 @@
 """Runs of both scripts on small environments: transitions, determinism, run folder, masks, interruption."""
 
-import copy
 import csv
 import json
 import math
@@ -328,25 +327,39 @@ def test_profile(script, overlap, monkeypatch, capsys):
     assert expected.items() <= calls.items()
 
 
-@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
-@pytest.mark.parametrize("contiguous", [True, False])
-@pytest.mark.parametrize("sizes", [[5, 3], [17, 256, 33, 6], [23, 40, 40, 40, 1]])
-def test_one_dnn_network_matches_float64(sizes, contiguous):
-    """Output and gradients of x, weights and biases; alone those of x; and what acting takes."""
-    torch.manual_seed(0)
-    plain = td3.mlp(sizes)
-    fused, reference = td3.FusedSequential(*copy.deepcopy(plain)), plain.double()
-    x = torch.randn(64, 2 * sizes[0])[:, :: 1 if contiguous else 2][:, : sizes[0]].requires_grad_()
-    grad = torch.randn(64, sizes[-1]) if contiguous else torch.randn(64, 1).expand(-1, sizes[-1])
-    x64 = x.detach().double().requires_grad_()
-    y, y64 = fused(x), reference(x64)
-    torch.testing.assert_close(y.double(), y64, rtol=1e-5, atol=1e-5)
-    got = torch.autograd.grad(y, [x, *fused.parameters()], grad, retain_graph=True)
-    want = torch.autograd.grad(y64, [x64, *reference.parameters()], grad.double())
-    for ours, theirs in zip(got, want, strict=True):
-        torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-4)
-    assert torch.equal(torch.autograd.grad(fused.requires_grad_(False)(x), x, grad)[0], got[0])
-    torch.testing.assert_close(fused(x[:1]), y[:1], rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("one_dnn", [False, True])
+@pytest.mark.parametrize("sizes", [(33,), (256, 40), (24, 24, 24)])
+def test_updates_without_autograd_match_float64_with_it(sizes, one_dnn, monkeypatch):
+    """The dense twin's: values, gradients of the first update, parameters after 50; a batch of parts of longer rows."""
+    if one_dnn and not torch.backends.mkldnn.is_available():
+        pytest.skip("this PyTorch has no oneDNN")
+    monkeypatch.setattr(td3, "one_dnn", lambda: one_dnn)
+    low, high = np.array([-1, 0, -30], np.float32), np.array([1, 0.5, 10], np.float32)
+    agents, generator, draw = [], torch.Generator().manual_seed(0), torch.randn_like
+    for kind, dtype in ((td3.FusedTD3, torch.float32), (td3.TD3, torch.float64)):
+        torch.manual_seed(3)
+        agents.append(kind(5, low, high, td3.Args(hidden_sizes=sizes, policy_noise=1.0), torch.device("cpu")))
+        for network in agents[-1].networks.values():
+            network.to(dtype)
+    monkeypatch.setattr(torch, "randn_like", lambda x: draw(x.float()).to(x.dtype))  # the same noise for both
+    for update in range(50):
+        rows, results = torch.randn(40, 15, generator=generator), []
+        parts = [*rows[:, :13].split([5, 3, 5], dim=1), rows[:, 13], (rows[:, 14] > 0.5).float()]
+        for agent in agents:
+            torch.manual_seed(update)
+            batch = td3.Batch(*(part.to(agent.actor.action_low.dtype) for part in parts))
+            results.append([*agent.update_critics(batch)])
+            agent.update_actor(batch.obs)
+            agent.update_targets()
+            results[-1].append(agent.actor_loss)
+            if update == 0:
+                networks = [agent.networks[name] for name in ("qf1", "qf2", "actor")]
+                results[-1] += [p.grad for network in networks for p in network.parameters()]
+        for ours, theirs in zip(*results, strict=True):
+            torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-5)
+    for name, network in agents[1].networks.items():
+        for ours, theirs in zip(agents[0].networks[name].parameters(), network.parameters(), strict=True):
+            torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
