@@ -20,6 +20,7 @@ import rnm_td3_continuous as rnm
 import td3_continuous as td3
 
 SCRIPTS = [rnm, td3]
+TRAINED = {rnm: rnm.TD3, td3: td3.FusedTD3}  # what trains with the backend `masked`, and the dense twin on a CPU
 SMALL = {"env_id": "Scripted-v0", "total_timesteps": 60, "learning_starts": 20, "eval_interval": 0, "batch_size": 8}
 
 
@@ -114,11 +115,12 @@ def test_actions_stay_within_the_bounds_in_the_type_of_the_space(script, env_id)
 def test_acting_and_updating(script, monkeypatch):
     """Random actions before learning, noisy ones after; one critic update a step, an actor update every second."""
     calls = []
-    critics, actor, act = script.TD3.update_critics, script.TD3.update_actor, script.Actor.act
+    agent, act = TRAINED[script], script.Actor.act
+    critics, actor = agent.update_critics, agent.update_actor
     monkeypatch.setattr(
-        script.TD3, "update_critics", lambda self, batch: calls.append(len(batch[0])) or critics(self, batch)
+        agent, "update_critics", lambda self, batch: calls.append(len(batch[0])) or critics(self, batch)
     )
-    monkeypatch.setattr(script.TD3, "update_actor", lambda self, obs: calls.append("actor") or actor(self, obs))
+    monkeypatch.setattr(agent, "update_actor", lambda self, obs: calls.append("actor") or actor(self, obs))
     clean, noises = [], []
 
     def spy(self, obs, noise=0.0):
@@ -223,7 +225,7 @@ def test_n_equal_m_is_the_dense_twin(backend, steps, atol, monkeypatch):
     """`masked` runs the same products, to the rounding; others round differently, which this environment magnifies."""
     if backend == "native" and (problem := rnm.load_kernels()):
         pytest.skip(problem)
-    monkeypatch.setattr(td3, "fuse", lambda network, device: None)
+    monkeypatch.setattr(td3, "FusedTD3", td3.TD3)
     settings = {"env_id": "HalfCheetah-v5", "total_timesteps": steps, "learning_starts": 100, "eval_interval": 0}
     sparse, sparse_buffer, _ = rnm.train(rnm.Args(**settings, n=4, m=4, mask_update_interval=3, backend=backend))
     dense, dense_buffer, _ = td3.train(td3.Args(**settings))
@@ -415,13 +417,13 @@ def test_a_broken_policy_is_not_played(script, changes, monkeypatch):
     """The losses of its update are those before its step; the next update would be too late."""
     monkeypatch.setattr(script.Run, "evaluate", lambda self: pytest.fail("was played"))
     changes = {**changes, "backend": "masked"} if script is rnm else changes
-    update_actor = script.TD3.update_actor
+    update_actor = TRAINED[script].update_actor
 
     def breaks(self, obs):
         update_actor(self, obs)
         next(self.actor.parameters()).data.view(-1)[3] = torch.inf
 
-    monkeypatch.setattr(script.TD3, "update_actor", breaks)
+    monkeypatch.setattr(TRAINED[script], "update_actor", breaks)
     with pytest.raises(FloatingPointError, match=r"step 22: not finite: actor, networks \['actor'"):
         script.train(script.Args(**{**SMALL, **changes}))
 
@@ -432,7 +434,7 @@ def test_logged_losses(script, monkeypatch):
     seen, actor_losses = {}, {}
     changes = {"total_timesteps": 155, "eval_interval": 50, "eval_episodes": 1}
     changes |= {"backend": "masked"} if script is rnm else {}
-    critics, actor = script.TD3.update_critics, script.TD3.update_actor
+    critics, actor = TRAINED[script].update_critics, TRAINED[script].update_actor
 
     def update_critics(self, batch):
         values = critics(self, batch)
@@ -443,8 +445,8 @@ def test_logged_losses(script, monkeypatch):
         actor_losses[20 + len(seen)] = -self.qf1(obs, self.actor(obs)).mean().item()
         actor(self, obs)
 
-    monkeypatch.setattr(script.TD3, "update_critics", update_critics)
-    monkeypatch.setattr(script.TD3, "update_actor", update_actor)
+    monkeypatch.setattr(TRAINED[script], "update_critics", update_critics)
+    monkeypatch.setattr(TRAINED[script], "update_actor", update_actor)
     _, _, folder = script.train(script.Args(**{**SMALL, **changes}))
     events = EventAccumulator(str(folder)).Reload()
     logged = {}

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Measures what the README's table of steps per second shows. Needs a checkout of CleanRL in $CLEANRL and, for each rival,
-# the Python of an environment that it runs in; nothing else should run on the machine. About half an hour on two cores.
+# Measures steps per second; results go to the folder $CPU, a name for this machine, such as zen4. Needs a checkout of
+# CleanRL in $CLEANRL and, for each rival, the Python of an environment that it runs in; nothing else should run on the
+# machine. About an hour on two cores; one part alone: its name as the argument.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-ours=${PYTHON:-python} results=$PWD/results/speed here=$PWD
-measure=$results/steps_per_second.py
+ours=${PYTHON:-python} here=$PWD results=$PWD/results/speed/${CPU:?} measure=$PWD/results/speed/steps_per_second.py
+mkdir -p "$results"
 
 task() { echo "--env-id $1 --total-timesteps $2 --learning-starts 1000"; }
 cleanrl() { echo "CleanRL=env PYTHONPATH=$CLEANRL $CLEANRL_PYTHON $CLEANRL/cleanrl/td3_continuous_action.py $(task "$@")"; }
@@ -28,13 +29,15 @@ sparse() { # NAME N M ENV STEPS FLAGS
 cheetah="HalfCheetah-v4 4500" ant="Ant-v4 4000"
 if [[ ${1:-all} =~ all|rivals ]]; then
   $ours "$measure" --rounds 3 --threads 2 --out "$results/halfcheetah_2_threads" \
-    "$(cleanrl $cheetah)" "$(cleanrl_jax $cheetah)" "$(sb3 $cheetah)" "$(sbx $cheetah)" "$(dense dense $cheetah)" \
-    "$(sparse 2:4 2 4 $cheetah)" "$(sparse 1:4 1 4 $cheetah)" "$(sparse 1:8 1 8 $cheetah)"
+    "$(cleanrl $cheetah)" ${CLEANRL_JAX_PYTHON:+"$(cleanrl_jax $cheetah)"} "$(sb3 $cheetah)" "$(sbx $cheetah)" \
+    "$(dense dense $cheetah)" "$(sparse 2:4 2 4 $cheetah)" "$(sparse 1:4 1 4 $cheetah)" "$(sparse 1:8 1 8 $cheetah)"
   $ours "$measure" --rounds 3 --threads 1 --out "$results/halfcheetah_1_thread" "$(cleanrl $cheetah)" \
     "$(dense dense $cheetah)" "$(sparse 2:4 2 4 $cheetah)" "$(sparse 1:4 1 4 $cheetah)" "$(sparse 1:8 1 8 $cheetah)"
 fi
 [[ ${1:-all} =~ all|ant ]] && $ours "$measure" --rounds 3 --threads 2 --out "$results/ant" "$(cleanrl $ant)" \
-  "$(dense dense $ant)" "$(sparse 2:4 2 4 $ant)" "$(sparse 1:4 1 4 $ant)" "$(sparse 1:8 1 8 $ant)"
+  "$(sbx $ant)" "$(dense dense $ant)" "$(sparse 2:4 2 4 $ant)" "$(sparse 1:4 1 4 $ant)" "$(sparse 1:8 1 8 $ant)"
+[[ ${1:-all} =~ all|layers ]] && $ours "$measure" --rounds 5 --threads 2 --out "$results/dense_layers" \
+  "$(sparse none 1 8 $cheetah)" "$(sparse first,last 1 8 $cheetah --dense-layers first,last)"
 [[ ${1:-all} =~ all|intervals ]] && $ours "$measure" --rounds 3 --threads 2 --out "$results/mask_update_interval" \
   "$(sparse 'K 1000' 1 4 $cheetah --no-save-masks)" "$(sparse 'K 0' 1 4 $cheetah --mask-update-interval 0)" \
   "$(sparse 'K 1' 1 4 $cheetah --mask-update-interval 1 --no-save-masks)" \
@@ -48,6 +51,10 @@ done; done
   $ours "$measure" --rounds 3 --threads 2 --first 1009 --out "$results/hidden_$size" \
     "$(dense dense HalfCheetah-v4 $steps --hidden-sizes $size $size)" \
     "$(sparse 1:8 1 8 HalfCheetah-v4 $steps --hidden-sizes $size $size)"
+done
+[[ ${1:-all} =~ all|batches ]] && for batch in 64 128 256 512 1024; do
+  $ours "$measure" --rounds 3 --threads 2 --first 1009 --out "$results/batch_$batch" \
+    "$(dense dense HalfCheetah-v4 2000 --batch-size $batch)" "$(sparse 1:8 1 8 HalfCheetah-v4 2000 --batch-size $batch)"
 done
 [[ ${1:-all} =~ all|at_once ]] && for round in 1 2 3; do  # two runs of one thread each, then one of two threads
   for run in 1 2; do
