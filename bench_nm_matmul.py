@@ -113,20 +113,21 @@ def compressed_rows(layer, x, b, g):
 
 def native(layer, x, b, g):
     """The kernels of rnm_td3_continuous.py. What dX and dW need of the forward pass, `together` includes."""
-    mlp, backward = torch.ops.rnm_td3.mlp.default, torch.ops.rnm_td3.mlp_backward.default
+    operators = torch.ops.rnm_td3
+    forward, mlp, backward = operators.forward.default, operators.mlp.default, operators.mlp_backward.default
     tensors = [layer.values.detach(), b, layer.layout]
-    _, tape = mlp(x, tensors, True)
+    _, tape = mlp(x, tensors)
 
     def split(dw):
         return dw[: layer.values.numel()].view_as(layer.values), dw[layer.values.numel() :]
 
     def together():
-        y, tape = mlp(x, tensors, True)
+        y, tape = mlp(x, tensors)
         dx, dw = backward(g, x, tape, tensors, True, True)
         return y, dx, *split(dw)
 
     return {
-        "forward": lambda: mlp(x, tensors, False)[0],
+        "forward": lambda: forward(x, tensors),
         "dX": lambda: backward(g, x, tape, tensors, True, False)[0],
         "dW": lambda: split(backward(g, x, tape, tensors, False, True)[1]),
         "together": together,

@@ -2,7 +2,8 @@
 //
 // operator           agrees with
 // layout             nothing: what the kernels make of the index of a layer, see `struct Layer`
-// mlp, mlp_backward  NMLinear.forward of layers with ReLU between them, and autograd through it
+// forward            NMLinear.forward of layers with ReLU between them
+// mlp, mlp_backward  the same, and autograd through it
 // polyak             NMLinear.polyak_
 // project            NMLinear.project and nm_mask
 // act                Actor.act
@@ -197,8 +198,7 @@ static void dense_product(const float* v, int64_t row, int64_t column, int64_t r
     }
     UNROLL
     for (int i = 0; i < N; i++) finish(sum[i], out + i * TILE, relu, gate ? gate + i * TILE : nullptr);
-    if (bias) bias += N;
-    if (gate) gate += N * TILE;
+    bias = bias ? bias + N : nullptr, gate = gate ? gate + N * TILE : nullptr;
   }
   if constexpr (N > 1) dense_product<1>(v, row, column, rows, columns, in, out, bias, relu, gate);
 }
@@ -257,29 +257,21 @@ static void weight_gradient(const Layer& l, const float* g, const float* x, floa
   }
 }
 
-// One sample, V rows at once.
+// One sample: four sums for each row. Lanes would have to be gathered, which takes longer.
 static void times_sample(const Layer& l, const float* x, float* y, bool relu) {
-  for (int64_t r = 0; r < l.R; r += V) {
-    const int n = min<int64_t>(V, l.R - r);
-    vec sum[V] = {};
-    for (int i = 0; i < n; i++) {
-      const float* v = l.v + (r + i) * l.A;
-      const uint16_t* column = l.column + (r + i) * l.A;
+  at::parallel_for(0, l.R, 65536 / l.A + 1, [&](int64_t r, int64_t last) {
+    for (; r < last; r++) {
+      const float* v = l.v + r * l.A;
+      const uint16_t* column = l.column + r * l.A;
+      float sum[4] = {l.b ? l.b[r] : 0};
       int64_t j = 0;
-      for (; j + V <= l.A; j += V) {
-        float picked[V];
-        UNROLL
-        for (int k = 0; k < V; k++) picked[k] = x[column[j + k]];
-        sum[i] += load(v + j) * load(picked);
-      }
-      for (; j < l.A; j++) sum[i][0] += v[j] * x[column[j]];
+      for (; j + 4 <= l.A; j += 4) UNROLL
+      for (int k = 0; k < 4; k++) sum[k] += v[j + k] * x[column[j + k]];
+      for (; j < l.A; j++) sum[0] += v[j] * x[column[j]];
+      const float out = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+      y[r] = relu && out < 0 ? 0 : out;
     }
-    add_lanes(sum);
-    for (int i = 0; i < n; i++) {
-      const float out = sum[0][i] + (l.b ? l.b[r + i] : 0);
-      y[r + i] = relu && out < 0 ? 0 : out;
-    }
-  }
+  });
 }
 
 static float* scratch(int id, int64_t n) {  // kept per thread, aligned to cache lines
@@ -331,10 +323,9 @@ struct Network : std::vector<Layer> {
     }
   }
   const float* forward_sample(const float* x) const {
-    float* in = scratch(0, inputs.back() + back().R);
-    std::copy_n(x, front().C, in);
-    for (const Layer& l : *this) times_sample(l, in, in + l.C, &l != &back()), in += l.C;
-    return in;
+    float* out = scratch(0, outputs.back());
+    for (const Layer& l : *this) times_sample(l, x, out, &l != &back()), x = out, out += l.R;
+    return x;
   }
 };
 static int64_t tiles_of(int64_t B) { return (B + TILE - 1) / TILE; }
@@ -359,29 +350,34 @@ static void add_tiles(float* dw, int64_t stride, int64_t tiles, int64_t n) {
   }
 }
 
-// Each tile goes through all layers at once. The tape keeps the input of every layer, tiles as they are.
-std::tuple<Tensor, Tensor> mlp(const Tensor& x_, TensorList layers, bool save) {
+// Each tile goes through all layers at once. tape: keeps the input of every layer, tiles as they are; or null.
+static Tensor run(const Network& net, const Tensor& x_, float* tape) {
   TORCH_CHECK(x_.dim() == 2 && x_.is_cpu(), "needs x [B, C] on the CPU");
-  const Network net(x_.size(1), layers);
-  const Tensor x = x_.contiguous();
+  const Tensor x = x_.contiguous(), y = at::empty({x.size(0), net.back().R}, x.options());
   const int64_t B = x.size(0), C = x.size(1), R = net.back().R, width = net.inputs.back();
-  const Tensor y = at::empty({B, R}, x.options());
-  const Tensor tape = at::empty({save ? (B + 127) / 128 * 128 * width : 0}, x.options());  // 128: the longest TILE
   const float* xp = x.data_ptr<float>();
-  float *yp = y.data_ptr<float>(), *tp = tape.data_ptr<float>();
-  if (!save && B < V) {  // too few samples to fill the lanes
+  float* yp = y.data_ptr<float>();
+  if (!tape && B < V) {  // too few samples to fill the lanes
     for (int64_t s = 0; s < B; s++) std::copy_n(net.forward_sample(xp + s * C), R, yp + s * R);
-    return {y, tape};
+    return y;
   }
-  if (save) std::fill(tp + tiles_of(B) * TILE * width, tp + tape.numel(), 0);
   for_each(tiles_of(B), [&](int64_t t) {
     const int64_t s = t * TILE;
-    float *in = save ? tp + s * width : scratch(0, width * TILE), *out = scratch(1, R * TILE);
+    float *in = tape ? tape + s * width : scratch(0, width * TILE), *out = scratch(1, R * TILE);
     turn<true>(xp + s * C, C, B - s, C, in);
     net.forward(in, in + C * TILE, out);
     turn<false>(yp + s * R, R, B - s, R, out);
   });
-  return {y, tape};
+  return y;
+}
+Tensor forward(const Tensor& x, TensorList layers) { return run(Network(x.size(1), layers), x, nullptr); }
+std::tuple<Tensor, Tensor> mlp(const Tensor& x, TensorList layers) {
+  const Network net(x.size(1), layers);
+  const int64_t width = net.inputs.back(), padded = (x.size(0) + 127) / 128 * 128;  // 128: the longest TILE
+  const Tensor tape = at::empty({padded * width}, x.options());
+  float* tp = tape.data_ptr<float>();
+  std::fill(tp + tiles_of(x.size(0)) * TILE * width, tp + tape.numel(), 0);
+  return {run(net, x, tp), tape};
 }
 
 // dw: of values and bias of each layer in turn, one after the other.
@@ -393,7 +389,7 @@ std::tuple<Tensor, Tensor> mlp_backward(const Tensor& grad, const Tensor& x, con
   const Tensor g = grad.contiguous(), dx = at::empty({need_x ? B : 0, C}, x.options());
   const Tensor dw = at::zeros({size}, x.options());
   TORCH_CHECK(g.size(0) == B && g.size(1) == R, "the gradient has another shape than the output");
-  TORCH_CHECK(tape.numel() >= tiles * TILE * width, "no tape for a gradient: mlp was called with save=False");
+  TORCH_CHECK(tape.numel() >= tiles * TILE * width, "the tape is of another batch");
   const float *gp = g.data_ptr<float>(), *tp = tape.data_ptr<float>();
   float *dxp = dx.data_ptr<float>(), *vt = scratch(2, net.parameters.back()), *parts = scratch(3, tiles * size);
   for_shares([&](int64_t share, int64_t shares) { net.transpose(vt, share, shares, need_x); });
@@ -605,6 +601,9 @@ std::tuple<Tensor, Tensor, Tensor> update_critics(TensorList batch, TensorList a
                                          critics[] = {{C, qf1}, {C, qf2}};
   const Tensor result[] = {at::empty({B}), at::empty({B}), at::empty({B})};
   const int64_t size = critics[0].parameters.back(), tiles = tiles_of(B);
+  TORCH_CHECK(critics[1].parameters.back() == size && policy.back().R == A && action.C + next_obs.C == C &&
+                  critics[1].outputs == targets[1].outputs && critics[1].outputs == targets[0].outputs,
+              "networks and batch do not belong together");
   float *vt = scratch(2, 2 * size), *dw = scratch(3, tiles * 2 * size);
   for_shares([&](int64_t share, int64_t shares) {
     for (int c = 0; c < 2; c++) critics[c].transpose(vt + c * size, share, shares, false);
@@ -688,7 +687,8 @@ Tensor update_actor(const Tensor& obs_, TensorList action_range, TensorList acto
 }
 
 TORCH_LIBRARY(rnm_td3, m) {
-  m.def("mlp(Tensor x, Tensor[] layers, bool save) -> (Tensor y, Tensor tape)");
+  m.def("forward(Tensor x, Tensor[] layers) -> Tensor");
+  m.def("mlp(Tensor x, Tensor[] layers) -> (Tensor y, Tensor tape)");
   m.def(
       "mlp_backward(Tensor grad, Tensor x, Tensor tape, Tensor[] layers, bool need_x, bool need_w) -> (Tensor, "
       "Tensor)");
@@ -697,4 +697,6 @@ TORCH_LIBRARY(rnm_td3, m) {
   m.def("polyak", polyak), m.def("project", project);
   m.def("update_critics", update_critics), m.def("update_actor", update_actor);
 }
-TORCH_LIBRARY_IMPL(rnm_td3, CPU, m) { m.impl("mlp", mlp), m.impl("mlp_backward", mlp_backward); }
+TORCH_LIBRARY_IMPL(rnm_td3, CPU, m) {
+  m.impl("forward", forward), m.impl("mlp", mlp), m.impl("mlp_backward", mlp_backward);
+}

@@ -538,8 +538,9 @@ def dense_layout(rows: int, columns: int) -> torch.Tensor:
 
 def native_mlp(x: torch.Tensor, layers: list[NativeLinear]) -> torch.Tensor:
     """What `layers` with ReLU between them make of x [..., C], float32, in one call of the kernels."""
-    tensors = native_tensors(layers)
-    y, _ = torch.ops.rnm_td3.mlp.default(x.reshape(-1, x.shape[-1]), tensors, torch.is_grad_enabled())
+    rows, tensors = x.reshape(-1, x.shape[-1]), native_tensors(layers)
+    operators = torch.ops.rnm_td3
+    y = operators.mlp.default(rows, tensors)[0] if torch.is_grad_enabled() else operators.forward.default(rows, tensors)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -548,28 +549,30 @@ def register_gradients() -> None:
 
     def backward(ctx, grad: torch.Tensor, _) -> tuple:
         x, tape, *layers = ctx.saved_tensors
-        need_x, need_w, _ = ctx.needs_input_grad
+        need_x, need_w = ctx.needs_input_grad
         dx, dw = torch.ops.rnm_td3.mlp_backward.default(grad, x, tape, layers, need_x, any(need_w))
         weights, sizes = [None] * len(layers), [size for v in layers[::3] for size in (v.numel(), len(v), 0)]
         for i, part in enumerate(dw.split(sizes) if any(need_w) else ()):
             weights[i] = part.view_as(layers[i]) if need_w[i] else None
-        return dx if need_x else None, weights, None
+        return dx if need_x else None, weights
 
     def keep(ctx, inputs: tuple, output: tuple) -> None:
         ctx.save_for_backward(inputs[0], output[1], *inputs[1])
 
-    def shapes(x: torch.Tensor, layers: list[torch.Tensor], save: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    def shape(x: torch.Tensor, layers: list[torch.Tensor]) -> torch.Tensor:
+        return x.new_empty(x.shape[0], layers[-3].shape[0])
+
+    def shapes(x: torch.Tensor, layers: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         width = x.shape[1] + sum(values.shape[0] for values in layers[:-3:3])
-        tape = -(-x.shape[0] // 128) * 128 * width if save else 0
-        return x.new_empty(x.shape[0], layers[-3].shape[0]), x.new_empty(tape)
+        return shape(x, layers), x.new_empty(-(-x.shape[0] // 128) * 128 * width)
 
     def backward_shapes(grad, x, tape, layers, need_x, need_w) -> tuple[torch.Tensor, torch.Tensor]:
         size = sum(values.numel() + len(values) for values in layers[::3])
         return x.new_empty(x.shape[0] * need_x, x.shape[1]), x.new_empty(size * need_w)
 
     torch.library.register_autograd("rnm_td3::mlp", backward, setup_context=keep)
-    torch.library.register_fake("rnm_td3::mlp", shapes)
-    torch.library.register_fake("rnm_td3::mlp_backward", backward_shapes)
+    for name, fake in (("forward", shape), ("mlp", shapes), ("mlp_backward", backward_shapes)):
+        torch.library.register_fake(f"rnm_td3::{name}", fake)
 
 
 def adam_state(optimizer: torch.optim.Adam) -> tuple[list[torch.Tensor], list[float]]:

@@ -180,13 +180,13 @@ def test_operators_pass_pytorchs_opcheck(needs_grad):
     net = network([10, 12, 5], 2, 4, backend="native").requires_grad_(needs_grad)
     tensors = [tensor for layer in (net[0], net[2]) for tensor in (layer.values, layer.bias, layer.layout)]
     x = torch.randn(9, 10, requires_grad=needs_grad)
-    torch.library.opcheck(torch.ops.rnm_td3.mlp.default, (x, tensors, True))
-    y, tape = torch.ops.rnm_td3.mlp(x, tensors, True)
+    torch.library.opcheck(torch.ops.rnm_td3.mlp.default, (x, tensors))
+    y, tape = torch.ops.rnm_td3.mlp(x, tensors)
     frozen = [tensor.detach() for tensor in tensors]
     args = (torch.randn_like(y), x.detach(), tape, frozen, True, True)
     torch.library.opcheck(torch.ops.rnm_td3.mlp_backward.default, args)
     if not needs_grad:
-        torch.library.opcheck(torch.ops.rnm_td3.mlp.default, (x, tensors, False))
+        torch.library.opcheck(torch.ops.rnm_td3.forward.default, (x, tensors))
 
 
 @needs_kernels
@@ -530,10 +530,19 @@ def test_what_does_not_fit_is_refused():
             polyak(other, NativeLinear(12, 5, n=1, m=4), 0.5)
     with pytest.raises(RuntimeError, match="65536"):
         torch.ops.rnm_td3.layout(torch.zeros(65537, 1, dtype=torch.int64), 12)
-    with pytest.raises(RuntimeError, match="save=False"):
-        tensors = [tensor.detach() for tensor in (layer.values.float(), layer.bias.float(), layer.layout)]
-        y, tape = torch.ops.rnm_td3.mlp(torch.randn(3, 12), tensors, False)
-        torch.ops.rnm_td3.mlp_backward(y, torch.randn(3, 12), tape, tensors, True, True)
+    tensors = [tensor.detach() for tensor in (layer.values.float(), layer.bias.float(), layer.layout)]
+    y, tape = torch.ops.rnm_td3.mlp(torch.randn(3, 12), tensors)
+    with pytest.raises(RuntimeError, match="tape is of another batch"):
+        torch.ops.rnm_td3.mlp_backward(y, torch.randn(3, 12), tape[:10], tensors, True, True)
+    (agent,) = make_agents(NATIVE)
+    batch = random_batch(torch.Generator().manual_seed(0), 8)
+    with pytest.raises(RuntimeError, match="batch empty, of different lengths"):
+        agent.update_critics(batch._replace(reward=batch.reward[:7]))
+    with pytest.raises(RuntimeError, match="do not belong together"):
+        agent.update_critics(batch._replace(next_obs=batch.next_obs[:, :4]))
+    agent.qf2 = agent.networks["qf2"] = make_agents(NATIVE, hidden_sizes=(37, 25))[0].qf2
+    with pytest.raises(RuntimeError, match="do not belong together"):
+        agent.update_critics(batch)
 
 
 @needs_kernels

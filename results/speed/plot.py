@@ -1,6 +1,7 @@
-"""speed.png from the CSV files beside it: steps per second against the rivals, and time per step over hidden size."""
+"""speed.png from the CSV files of a folder: steps per second against the rivals, and time per step over hidden size."""
 
 import csv
+import sys
 from pathlib import Path
 
 import matplotlib
@@ -8,7 +9,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).parent / sys.argv[1]
 
 
 def medians(name: str) -> dict[str, float]:
