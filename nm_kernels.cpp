@@ -28,7 +28,6 @@ constexpr int V = 4;
 constexpr int T = 8, TILE = T * V;  // one feature of a tile is 8 vectors: 8 sums hide the latency of a multiply-add
 constexpr int BLOCK = 8192 / TILE;  // features of a tile that fill a first-level cache of 32 KB
 #define UNROLL _Pragma("GCC unroll 16")
-#define INLINE_LAMBDA __attribute__((always_inline))
 #define INLINE static inline __attribute__((always_inline))
 typedef float vec __attribute__((vector_size(4 * V), aligned(4), may_alias));
 typedef int ivec __attribute__((vector_size(4 * V), aligned(4), may_alias));
@@ -218,7 +217,7 @@ static void times_transposed(const Layer& l, const float* vt, const float* in, f
 template <int N, bool DENSE>
 static void weight_gradient(const Layer& l, const float* g, const float* x, float* dv, float* db) {
   constexpr int J = V / N;
-  const auto cell = [&](int64_t r, int64_t j, int rows, int n) INLINE_LAMBDA {
+  const auto cell = [&](int64_t r, int64_t j, int rows, int n) __attribute__((always_inline)) {
     const float *xj[V], *gr = g + r * TILE;
     const uint16_t* column = l.column + r * l.A + j;
     vec sum[V] = {};
@@ -413,8 +412,7 @@ std::tuple<Tensor, Tensor> mlp_backward(const Tensor& grad, const Tensor& x, con
 void polyak(TensorList online, TensorList masters, TensorList target, TensorList target_masters, double tau) {
   const size_t L = masters.size();
   TORCH_CHECK(online.size() == 3 * L && target.size() == 3 * L && target_masters.size() == L, "different lengths");
-  const float rate = tau;
-  const auto follow = [rate](float* to, const float* from, int64_t n) {
+  const auto follow = [rate = (float)tau](float* to, const float* from, int64_t n) {
     int64_t i = 0;
     for (; i + V <= n; i += V) store(to + i, load(to + i) + rate * (load(from + i) - load(to + i)));
     for (; i < n; i++) to[i] += rate * (from[i] - to[i]);
