@@ -310,9 +310,14 @@ def test_values_and_gradients_of_an_update_match_float64(dense_layers, batch_siz
 
 
 @needs_kernels
-@pytest.mark.parametrize("target_mask", ["own", "online"])
 @pytest.mark.parametrize(
-    "dense_layers, sizes, n, m", [("none", (37, 24), 1, 4), ("first,last", (64, 70), 2, 4), ("last", (33,), 3, 7)]
+    "target_mask, dense_layers, sizes, n, m",
+    [
+        ("own", "none", (37, 24), 1, 4),
+        ("online", "none", (37, 24), 2, 4),
+        ("online", "first,last", (64, 70), 1, 8),
+        ("own", "last", (33,), 3, 7),
+    ],
 )
 def test_300_updates_are_as_near_to_float64_as_those_of_the_reference(target_mask, dense_layers, sizes, n, m):
     options = {"n": n, "m": m, "hidden_sizes": sizes, "dense_layers": dense_layers, "target_mask": target_mask}
