@@ -29,10 +29,12 @@ import random
 import re
 import shutil
 import signal
+import struct
 import sys
 import threading
 import time
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -93,9 +95,10 @@ class Args:
     mask_update_interval: int = 1000  # K: critic updates between projections of all networks (0 = masks never change)
     target_mask: Literal["own", "online"] = "own"  # targets' masks: projection of their own weights, or online's masks
     dense_layers: Literal["none", "first", "last", "first,last"] = "none"  # layers of every network that stay dense
+    init: Literal["variance", "linear"] = "variance"  # of N:M layers: variance of outputs as dense ones, or nn.Linear's
     backend: Literal["auto", "masked", "native", "semi_structured"] = "auto"  # of the products; auto: the fastest here
     semi_structured_dtype: Literal["bfloat16", "float16"] = "bfloat16"  # of its 2:4 products (1:2 has float32 alone)
-    save_masks: bool = True  # write all masks to `masks/` in the run folder, at the start and at every projection
+    save_masks: bool = True  # write all masks to `masks.bin` in the run folder, at the start and at every projection
 
 
 # ---------------------------------------------------------------- N:M projection and layer
@@ -198,11 +201,19 @@ class NMLinear(nn.Module):
         return [(state[key], state.setdefault(f"{key}_master", torch.zeros_like(self.master))) for key in names]
 
 
-def sparsify(network: nn.Module, n: int, m: int, dense_layers: str = "none", backend: str = "masked", **options):
-    """Replace the linear layers of a network by N:M ones, in place; the first, last or both may stay dense."""
+def sparsify(network: nn.Module, n: int, m: int, dense_layers="none", backend="masked", init="linear", **options):
+    """Replace the linear layers of a network by N:M ones, in place; the first, last or both may stay dense.
+
+    Their active weights are those of the layers (`init` linear), or these times what gives outputs the variance that
+    they had (Evci et al. 2022, arXiv 2010.03533): W <- W sqrt(sum W^2 / sum (E W)^2), inactive entries as well.
+    """
     names = [name for name, module in network.named_modules() if type(module) is nn.Linear]
     for name in names[int("first" in dense_layers) : len(names) - int("last" in dense_layers)]:
-        network.set_submodule(name, BACKENDS[backend].from_linear(network.get_submodule(name), n, m, **options))
+        linear = network.get_submodule(name)
+        if init == "variance":
+            weight = linear.weight.detach()
+            weight *= (weight.norm() / (weight * nm_mask(weight, n, m)).norm()).nan_to_num(1.0)  # 0 / 0 where W is 0
+        network.set_submodule(name, BACKENDS[backend].from_linear(linear, n, m, **options))
     return fuse(network)
 
 
@@ -296,7 +307,7 @@ class TD3:
         self.qf1 = QNetwork(obs_dim, len(action_low), args.hidden_sizes).to(device)
         self.qf2 = QNetwork(obs_dim, len(action_low), args.hidden_sizes).to(device)
         for network in (self.actor, self.qf1, self.qf2):
-            sparsify(network, args.n, args.m, args.dense_layers, **layer_options(args, device))
+            sparsify(network, args.n, args.m, args.dense_layers, init=args.init, **layer_options(args, device))
         self.actor_target = copy.deepcopy(self.actor).requires_grad_(False)
         self.qf1_target = copy.deepcopy(self.qf1).requires_grad_(False)
         self.qf2_target = copy.deepcopy(self.qf2).requires_grad_(False)
@@ -861,7 +872,8 @@ class Run:
         self.args, self.agent, self.buffer, self.env, self.device = args, agent, buffer, env, device
         versions = {name: importlib.metadata.version(name) for name in ("torch", "gymnasium", "mujoco", "numpy")}
         machine = {"device": str(device), "cpu": torch.backends.cpu.get_cpu_capability(), "versions": versions}
-        self.config = {**vars(args), **machine, "num_threads": torch.get_num_threads()}
+        machine |= {"num_threads": torch.get_num_threads(), "obs_dim": buffer.widths[0], "action_dim": buffer.widths[1]}
+        self.config = {**vars(args), **machine}
         self.eval_env = make_env(args.env_id)
         self.folder, lock = claim_run_folder(args)
         self.writer, self.profile, self.pool = None, cProfile.Profile(), ThreadPoolExecutor(1)
@@ -1062,8 +1074,9 @@ class Run:
     def load(self, state: dict) -> None:
         """Raises UsageError for a flag that would change the result, one of several errors for what does not fit."""
         agent, step, total, config = self.agent, int(state["step"]), self.args.total_timesteps, state["config"]
-        for name in sorted(name for name in self.config.keys() - HARMLESS if self.config[name] != config.get(name)):
-            difference = f"{name} is {self.config[name]}, {config.get(name)} in the run to resume"
+        common = config.keys() & self.config.keys() - HARMLESS  # a flag that is new since then has its default
+        for name in sorted(name for name in common if self.config[name] != config[name]):
+            difference = f"{name} is {self.config[name]}, {config[name]} in the run to resume"
             if name in Args.__dataclass_fields__:
                 raise UsageError(f"--resume: {difference}, whose result it would change; drop it, or start a new run")
             print(f"note: {difference}; the last bits of the results may differ", file=sys.stderr)
@@ -1127,14 +1140,13 @@ class Run:
 
 
 class SparseRun(Run):
-    """Adds what is N:M: density and SAD in the logs, and the mask history in `masks/`."""
+    """Adds what is N:M: density and SAD in the logs, and the mask history, `masks.bin`."""
 
     def open_logs(self) -> None:
         super().open_logs()
-        self.mask_bits = packed_masks(self.agent) if self.args.resume else np.uint8(0)
-        for path in (self.folder / "masks").glob("[0-9]" * 9 + ".npz"):
-            if int(path.stem) > max(0, self.step - max(self.args.learning_starts, 1)):
-                path.unlink()  # later than the checkpoint: it will be written again
+        if (path := self.folder / "masks.bin").exists():
+            os.truncate(path, min(self.rows[path.name], path.stat().st_size))  # to where the checkpoint was
+        self.masks = flat_masks(self.agent)
         if not self.args.resume:
             self.scalars({f"density/{name}": density(network) for name, network in self.agent.networks.items()})
             self.save_masks(0)
@@ -1151,17 +1163,24 @@ class SparseRun(Run):
         self.save_masks(update)
 
     def save_masks(self, update: int) -> None:
-        """`masks/{update}.npz`: `step`, `update`, `layers` (names), `shapes` (rows, columns), and `bits`: the masks of
-        all layers, each through `np.packbits`, XORed with those of the file before, since few entries change."""
+        """Append to `masks.bin` what has changed since the record before, or all active entries to an empty file.
+
+        First a line of JSON: `layers` (names), `shapes` (rows, columns). A record: step, update and size as uint64,
+        then as many bytes, in which zlib packed uint32: distances between the changed entries, in order, in all layers
+        one after the other, row by row, the first one from 0. Little-endian.
+        """
         if not self.args.save_masks:
             return
-        bits, layers, folder = packed_masks(self.agent), self.agent.nm_layers, self.folder / "masks"
-        content = {"shapes": [tuple(layer.master.shape) for layer in layers.values()], "bits": bits ^ self.mask_bits}
-        folder.mkdir(exist_ok=True)
-        with open(folder / "incomplete", "wb") as file:
-            np.savez_compressed(file, step=self.step, update=update, layers=list(layers), **content)
-        os.replace(folder / "incomplete", folder / f"{update:09d}.npz")
-        self.mask_bits = bits
+        before, self.masks, layers = self.masks, flat_masks(self.agent), self.agent.nm_layers
+        with open(self.folder / "masks.bin", "ab") as file:
+            if file.tell() == 0:
+                shapes = [tuple(layer.master.shape) for layer in layers.values()]
+                file.write(json.dumps({"layers": list(layers), "shapes": shapes}).encode() + b"\n")
+                before = np.zeros_like(self.masks)
+            changed = np.flatnonzero(self.masks != before)
+            data = zlib.compress(np.diff(changed, prepend=0).astype("<u4"))
+            file.write(struct.pack("<3Q", self.step, update, len(data)) + data)
+            self.rows["masks.bin"] = file.tell()
 
 
 def density(network: nn.Module) -> float:
@@ -1171,9 +1190,9 @@ def density(network: nn.Module) -> float:
     return active / sum(layer.in_features * layer.out_features for layer in layers)
 
 
-def packed_masks(agent: TD3) -> np.ndarray:
-    """The masks of all layers, each through `np.packbits`, one after the other."""
-    return np.concatenate([np.packbits(layer.mask().cpu().numpy()) for layer in agent.nm_layers.values()])
+def flat_masks(agent: TD3) -> np.ndarray:
+    """The masks of all layers, row by row, one after the other: bool [entries]."""
+    return np.concatenate([layer.mask().cpu().numpy().ravel() for layer in agent.nm_layers.values()])
 
 
 def claim_run_folder(args: Args) -> tuple[Path, FileLock]:

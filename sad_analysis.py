@@ -11,16 +11,20 @@ import glob
 import json
 import math
 import os
+import struct
 import subprocess
 import sys
 import warnings
+import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise, zip_longest
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+import scipy.sparse
 import scipy.stats
 import tyro
 
@@ -29,10 +33,9 @@ LAST = 10  # evaluations whose mean is the final return of a run
 WINDOWS = 6  # equal parts of the last half of training, over which the SAD is compared to say how stable it is
 LEAST_RUNS = 8  # for a correlation
 # what two runs may differ in and be seeds of the same: what does not change training, or is compared by itself
-ALIKE = {"seed", "exp_name", "track", "wandb_project_name", "wandb_entity", "wandb_id", "capture_video", "save_model"}
-ALIKE |= {"evaluate", "resume", "checkpoint_interval", "eval_interval", "eval_episodes", "overlap", "profile", "cuda"}
-ALIKE |= {"backend", "save_masks", "device", "cpu", "num_threads", "versions", "n", "m", "mask_update_interval"}
-FILES = "[0-9]" * 9 + ".npz"  # of a mask history
+ALIKE = {"seed", "exp_name", "track", "wandb_project_name", "wandb_entity", "capture_video", "save_model", "evaluate"}
+ALIKE |= {"resume", "checkpoint_interval", "eval_interval", "eval_episodes", "overlap", "profile", "cuda", "backend"}
+ALIKE |= {"save_masks", "device", "cpu", "num_threads", "versions", "n", "m", "mask_update_interval"}
 RESAMPLES = 10_000  # of the bootstrap
 
 
@@ -48,6 +51,10 @@ class Args:
 
 class UsageError(Exception):
     """What the user asked for cannot be done; the message is one line: what is wrong and what to do."""
+
+
+class Failed(Exception):
+    """Nothing could be done with what is there; the message is one line."""
 
 
 # ---------------------------------------------------------------- masks
@@ -69,93 +76,120 @@ class History:
     always: np.ndarray  # [L] entries that were active throughout
     entered: np.ndarray  # [L] how often an entry became active
     returned: np.ndarray  # [L] how often one did that had been active before
-    spells: np.ndarray  # [4, any]: layer, first and last update of a spell of activity, and whether it ended then
+    spells: np.ndarray  # [4, any]: layer (ascending), first and last update of a spell, whether it ended then
     kept: np.ndarray  # [S] indices of the projections of `matrix`
     matrix: np.ndarray  # [S, S, L] SAD between each two of them
 
 
-def popcount(bits: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """Ones in each layer of packed masks [..., bytes] that start at the bytes `starts` [L]: int64 [..., L]."""
-    return np.add.reduceat(np.bitwise_count(bits), starts, axis=-1, dtype=np.int64)
+def masks_of_archive(path: Path) -> Iterator[tuple]:
+    """Layers and shapes of a `masks.bin`, then step, update and changed entries of each projection."""
+    data = path.read_bytes()
+    start = data.index(b"\n") + 1
+    yield tuple(json.loads(data[:start])[key] for key in ("layers", "shapes"))
+    while start < len(data):
+        step, update, size = struct.unpack_from("<3Q", data, start)
+        start += 24 + size
+        if start > len(data):
+            raise ValueError("cut off")
+        yield step, update, np.frombuffer(zlib.decompress(data[start - size : start]), "<u4").cumsum()
 
 
-def read_masks(
-    folder: Path, interval: int, notes: list[str]
-) -> Iterator[tuple[int, int, list, np.ndarray, np.ndarray]]:
-    """Step, update, layers, shapes and bits of each file in turn, as they are: XORed with those of the file before.
-
-    Ends where one is missing or cannot be read, and says so in `notes`.
-    """
-    expected, size = 0, None
-    for path in sorted(folder.glob(FILES)):
-        if int(path.stem) != expected:
-            return notes.append(f"masks/{expected:09d}.npz is missing: masks are used up to there")
-        try:
-            with np.load(path) as file:
-                step, update, bits = int(file["step"]), int(file["update"]), file["bits"]
-                if size is None:
-                    layers, shapes = file["layers"].tolist(), file["shapes"]
-                    size = int((-(-shapes.prod(1) // 8)).sum())
-            if update != expected or bits.shape != (size,) or bits.dtype != np.uint8:
+def masks_of_files(folder: Path) -> Iterator[tuple]:
+    """The same of `masks/{update}.npz`, one a projection: how versions up to 24cabbf wrote them."""
+    entries = None
+    for path in sorted(folder.glob("[0-9]" * 9 + ".npz")):
+        with np.load(path) as file:
+            if entries is None:
+                yield file["layers"].tolist(), file["shapes"].tolist()
+                entries = file["shapes"].prod(1)
+                ends = np.cumsum(-(-entries // 8))
+            bits = file["bits"]
+            if bits.shape != (ends[-1],):
                 raise ValueError("contents do not fit")
-        except Exception as error:  # numpy, zip and zlib each have errors of their own
-            return notes.append(f"masks/{path.name} cannot be read ({error}): masks are used up to there")
-        yield step, update, layers, shapes, bits
-        expected += interval
+            parts = zip(np.split(bits, ends[:-1]), entries, strict=True)
+            changed = np.concatenate([np.unpackbits(part, count=count) for part, count in parts])
+            yield int(file["step"]), int(file["update"]), changed.nonzero()[0]
 
 
-def analyse_masks(folder: Path, interval: int, matrix_size: int, notes: list[str]) -> History | None:
-    """Go through the masks of a run once, on packed bits. Returns None if there are no two projections."""
-    files = len(list(folder.glob(FILES)))
-    kept = np.unique(np.linspace(0, files - 1, min(files, matrix_size)).round().astype(int))
-    rows, snapshots = [], []
-    for t, (step, update, layers, shapes, bits) in enumerate(read_masks(folder, interval, notes)):
-        if t == 0:
-            entries = shapes.prod(1)
-            starts = np.concatenate([[0], np.cumsum(-(-entries // 8))[:-1]])
-            targets = [name.replace(".", "_target.", 1) for name in layers]
-            online = {i: layers.index(target) for i, target in enumerate(targets) if target in layers}
-            masks = first = ever = always = bits
-            active = popcount(bits, starts)
-            entered, returned, bits = np.zeros_like(active), np.zeros_like(active), np.zeros_like(bits)
-            since = np.zeros(8 * len(bits), np.int32)  # the update since which an entry is active
-            ended: list[tuple] = []
-        masks = masks ^ bits
-        entering = bits & masks
-        entered += popcount(entering, starts)
-        returned += popcount(entering & ever, starts)
-        ever, always = ever | masks, always & masks
+def read_masks(folder: Path, interval: int, notes: list[str]) -> tuple[list[str], np.ndarray, list[tuple]]:
+    """Layers [L], shapes [L, 2], and step, update and changed entries (ascending, in all layers one after the other) of
+    each projection; the first ones are all active entries.
 
-        changed = np.flatnonzero(bits)  # few: their bits are looked at one by one
-        where, bit = np.nonzero(np.unpackbits(bits[changed]).reshape(-1, 8))
-        entry = changed[where] * 8 + bit
-        stays = (masks[changed[where]] >> (7 - bit)) & 1 == 1
-        leaving = entry[~stays].astype(np.int32)
-        ended.append((leaving, since[leaving], np.full_like(leaving, update)))
-        since[entry[stays]] = update
+    Ends where something is missing or damaged, and says so in `notes`.
+    """
+    archive, layers, shapes, rows = folder / "masks.bin", [], [], []
+    try:
+        source = masks_of_archive(archive) if archive.exists() else masks_of_files(folder / "masks")
+        layers, shapes = next(source)
+        size = int(np.prod(shapes, axis=1).sum())
+        for step, update, changed in source:
+            if rows and update != rows[-1][1] + interval:
+                raise ValueError(f"there is one for update {update} instead")
+            if len(changed) and (changed[-1] >= size or (changed[1:] <= changed[:-1]).any()):
+                raise ValueError("contents do not fit")
+            rows.append((step, update, changed.astype(np.int32)))
+    except Exception as error:  # numpy, zip and zlib each have errors of their own; StopIteration: there are no files
+        expected = f"of update {rows[-1][1] + interval} " if rows else ""
+        notes.append(f"the masks {expected}cannot be read ({error or repr(error)}): they are used up to there")
+    return layers, np.array(shapes, np.int64), rows
 
-        overlap = np.zeros_like(active)
-        for i, j in online.items():
-            length = -(-entries[i] // 8)
-            both = masks[starts[i] : starts[i] + length] & masks[starts[j] : starts[j] + length]
-            overlap[i] = np.bitwise_count(both).sum()
-        rows.append((step, update, popcount(bits, starts), popcount(masks ^ first, starts), overlap))
-        if t in kept:
-            snapshots.append(masks)
-    if len(rows) < 2:
-        return None
-    steps, updates, sad, sad_first, overlap = (np.array(column) for column in zip(*rows, strict=True))
-    entry, begin, end = (np.concatenate(column) for column in zip(*ended, strict=True))
-    lasting = np.flatnonzero(np.unpackbits(masks))  # of the last masks alone
-    entry, begin = np.concatenate([entry, lasting]), np.concatenate([begin, since[lasting]])
-    left = np.arange(len(entry)) < len(end)
-    end = np.concatenate([end, np.full(len(lasting), update, np.int32)])
-    layer = np.searchsorted(starts, entry // 8, side="right") - 1
-    spells = np.stack([layer, begin, end, left], dtype=np.int32, casting="unsafe")
-    stack = np.stack(snapshots)
-    matrix = np.stack([popcount(stack ^ snapshot, starts) for snapshot in stack]).astype(np.int32)
-    counts = (popcount(ever, starts), popcount(always, starts), entered, returned, spells, kept[: len(stack)], matrix)
-    return History(layers, entries, active, steps, updates, sad, sad_first, overlap, *counts)
+
+def analyse_masks(layers: list[str], shapes: np.ndarray, rows: list[tuple], matrix_size: int) -> History:
+    """Count on the events alone, which are few: an entry enters and leaves in turn."""
+    steps, updates, changes = (list(column) for column in zip(*rows, strict=True))
+    updates, entries, t_max, l_max = np.array(updates), shapes.prod(1), len(rows), len(layers)
+    edges, changed, pointers = np.cumsum([0, *entries]), np.concatenate(changes), np.cumsum([0, *map(len, changes)])
+    index = {name: i for i, name in enumerate(layers)}
+    origins = [index.get(name.replace("_target.", "."), i) for name, i in index.items()]
+
+    def by_entry(entry: np.ndarray) -> scipy.sparse.csc_array:
+        table = (np.zeros(len(entry), np.int8), entry, pointers)
+        return scipy.sparse.csr_array(table, shape=(t_max, edges[-1])).tocsc()
+
+    def events(table: scipy.sparse.csc_array, i: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of layer i, in the order of entry and time: time, number among the entry's events, index of its first one."""
+        bounds = table.indptr[edges[i] : edges[i + 1] + 1]
+        first = np.repeat(bounds[:-1] - bounds[0], np.diff(bounds))
+        return table.indices[bounds[0] : bounds[-1]], np.arange(len(first), dtype=np.int32) - first, first
+
+    def tally(time: np.ndarray, sign: np.ndarray) -> np.ndarray:
+        return np.bincount(time, np.where(sign, 1, -1), t_max).astype(np.int64).cumsum()
+
+    sad, sad_first, size, overlap = (np.zeros((t_max, l_max), np.int64) for _ in range(4))
+    table, counts, spells = by_entry(changed), [], []
+    for i in range(l_max):
+        time, nth, first = events(table, i)
+        enters, later, last = nth % 2 == 0, time > 0, np.append(nth[1:] == 0, True)[: len(nth)]
+        sad[:, i], size[:, i] = np.bincount(time[later], minlength=t_max), tally(time, enters)
+        sad_first[:, i] = tally(time[later], (enters ^ (time[first] == 0))[later])
+        kinds = (~later, nth == 0, last & ~later, enters & later, enters & later & (nth > 1))
+        counts.append([np.count_nonzero(kind) for kind in kinds])
+        begin = enters.nonzero()[0]
+        end = np.where(last[begin], t_max - 1, np.append(time, 0)[begin + 1])
+        layer = np.full(len(begin), i)
+        spells.append(
+            np.stack([layer, updates[time[begin]], updates[end], ~last[begin]], dtype=np.int32, casting="unsafe")
+        )
+    active, ever, always, entered, returned = np.array(counts).T
+
+    # an entry is active in one of a network and its target alone after an odd number of events in both
+    shift = np.repeat(edges[:-1] - edges[origins], entries).astype(np.int32)
+    table = by_entry(changed - shift[changed])
+    for j, i in enumerate(origins):
+        if i != j:
+            time, nth, _ = events(table, i)
+            overlap[:, i] = (size[:, i] + size[:, j] - tally(time, nth % 2 == 0)) // 2
+
+    kept = np.unique(np.linspace(0, t_max - 1, min(t_max, matrix_size)).round().astype(int))
+    masks, matrix = np.zeros((len(kept), edges[-1]), bool), np.empty((len(kept), len(kept), l_max), np.int32)
+    for s, (begin, end) in enumerate(pairwise([0, *(kept + 1)])):
+        masks[s] = masks[s - 1] ^ np.bincount(changed[pointers[begin] : pointers[end]], minlength=edges[-1]) % 2
+    for i, (begin, end) in enumerate(pairwise(edges)):
+        part = masks[:, begin:end].astype(np.float32)  # sums are exact below 2^24
+        matrix[..., i] = part.sum(1)[:, None] + part.sum(1) - 2 * part @ part.T
+    counted = {"ever": ever, "always": always, "entered": entered, "returned": returned}
+    counted |= {"spells": np.concatenate(spells, axis=1), "kept": kept, "matrix": matrix}
+    return History(layers, entries, active, np.array(steps), updates, sad, sad_first, overlap, **counted)
 
 
 def members(history: History) -> dict[str, list[int]]:
@@ -170,12 +204,11 @@ def half_life(durations: np.ndarray, left: np.ndarray) -> tuple[float | None, bo
     """Duration after which half have left (Kaplan-Meier: some had not by the end). If never: the longest, and True."""
     if len(durations) == 0:
         return None, False
-    if left.any():
-        survival = scipy.stats.ecdf(scipy.stats.CensoredData(durations[left], right=durations[~left])).sf
-        half = survival.quantiles[survival.probabilities <= 0.5]
-        if len(half):
-            return float(half[0]), False
-    return float(durations.max()), True
+    everyone = np.bincount(durations)
+    at_risk = everyone[::-1].cumsum()[::-1]
+    survival = np.cumprod(1 - np.bincount(durations[left], minlength=len(everyone)) / at_risk)
+    half = np.flatnonzero(survival < 0.5 + 1e-9)
+    return (float(half[0]), False) if len(half) else (float(durations.max()), True)
 
 
 def half_lives(history: History, layers: list[int]) -> dict:
@@ -183,14 +216,15 @@ def half_lives(history: History, layers: list[int]) -> dict:
 
     The first is about what the network is made of, the second about the many entries that come and soon go again.
     """
-    layer, begin, end, left = history.spells
-    mine = np.isin(layer, layers)
-    begin, end, left = begin[mine], end[mine], left[mine].astype(bool)
+    edges = np.searchsorted(history.spells[0], np.arange(len(history.layers) + 1))
+    mine = np.concatenate([history.spells[1:, edges[i] : edges[i + 1]] for i in layers], axis=1)
+    begin, end, left = *mine[:2], mine[2].astype(bool)
     times = history.updates[np.linspace(0, len(history.updates) - 1, COHORTS, endpoint=False).astype(int)]
-    there = [(begin <= time) & (end > time) for time in times]
+    there = [((begin <= time) & (end > time)).nonzero()[0] for time in times]
     remaining = np.concatenate([end[chosen] - time for chosen, time in zip(there, times, strict=True)])
-    result = {"half_life": half_life(remaining, np.concatenate([left[chosen] for chosen in there]))}
-    result["newcomer_half_life"] = half_life((end - begin)[begin > 0], left[begin > 0])
+    new = begin > history.updates[0]
+    result = {"half_life": half_life(remaining, left[np.concatenate(there)])}
+    result["newcomer_half_life"] = half_life((end - begin)[new], left[new])
     return {key: {"updates": updates, "lower_bound": bound} for key, (updates, bound) in result.items()}
 
 
@@ -245,6 +279,7 @@ class Run:
     config: dict
     steps: np.ndarray  # of the evaluations
     returns: np.ndarray  # means of the evaluations
+    seconds: np.ndarray  # of training until each evaluation; NaN where an older version noted none
     history: History | None = None
     sad: dict = field(default_factory=dict)  # of `summarise`
     stability: dict = field(default_factory=dict)  # of `stability`
@@ -312,48 +347,55 @@ def separate(runs: list[Run]) -> list[Run]:
     return list(newest.values())
 
 
-def read_evaluations(path: Path) -> np.ndarray:
-    """Steps and mean returns, [2, evaluations]; a last line that was cut is left out. Raises one of several errors."""
-    with open(path) as file:
-        rows = [(int(row["step"]), float(row["mean"])) for row in csv.DictReader(file) if row["std"]]
-    return np.array(rows).reshape(-1, 2).T
-
-
-def read_run(folder: Path, matrix_size: int) -> Run:
-    """Raises ValueError, with the reason, for what is no run."""
+def read_run(folder: Path) -> Run:
+    """Configuration and evaluations; what is wrong with the latter stands in its notes. Raises ValueError."""
     try:
         config = json.loads((folder / "config.json").read_text())
-        numbers = ["seed", "total_timesteps", *(("n", "m", "mask_update_interval") if "n" in config else ())]
-        if not isinstance(config["env_id"], str) or not all(type(config[name]) is int for name in numbers):
-            raise TypeError(f"one of env_id, {', '.join(numbers)}")
-        interval = config["mask_update_interval"] if "n" in config else None
+        least = {"seed": 0, "total_timesteps": 1}
+        if "n" in config:
+            least |= {"n": 1, "m": config["n"], "mask_update_interval": 0}
+        wrong = [name for name in least if type(config[name]) is not int or config[name] < least[name]]
+        if wrong or not isinstance(config["env_id"], str):
+            raise ValueError(", ".join(wrong) or "env_id")
     except Exception as error:
         raise ValueError(f"config.json is not that of a run ({error!r})") from error
-    run = Run(folder, config, np.zeros(0), np.zeros(0), name=folder.name)
+    run = Run(folder, config, np.zeros(0), np.zeros(0), np.zeros(0), name=folder.name)
     try:
-        run.steps, run.returns = read_evaluations(folder / "evaluations.csv")
+        with open(folder / "evaluations.csv") as file:
+            whole = [row for row in csv.DictReader(file) if row["std"]]  # not a last line that was cut
+        steps = np.array([int(row["step"]) for row in whole])
+        returns = np.array([float(row["mean"]) for row in whole])
+        seconds = np.array([float(row.get("seconds") or "nan") for row in whole])
+        if (np.diff(steps, prepend=0) < 1).any() or not np.isfinite(returns).all() or (np.diff(seconds) < 0).any():
+            raise ValueError("its numbers cannot be")
+        run.steps, run.returns, run.seconds = steps, returns, seconds
     except Exception as error:
         run.notes.append(f"evaluations.csv cannot be read ({error!r})")
     if not run.finished:
-        at = f"step {run.steps[-1]:.0f}" if len(run.steps) else "no evaluation"
+        at = f"step {run.steps[-1]}" if len(run.steps) else "no evaluation"
         run.notes.append(f"not finished ({at} of {config['total_timesteps']}): not among the returns")
+    return run
+
+
+def add_history(run: Run, matrix_size: int) -> None:
+    """Read the masks of a run; what is wrong with them stands in its notes."""
+    config, interval = run.config, run.interval
     if interval is None:
         run.notes.append("dense: no masks")
-    elif not config.get("save_masks") or not (folder / "masks").is_dir():
+    elif not config.get("save_masks") or not any((run.folder / name).exists() for name in ("masks.bin", "masks")):
         run.notes.append("no masks saved: leave out --no-save-masks")
     elif interval == 0:
         run.notes.append("its masks never change (--mask-update-interval 0)")
     else:
-        run.history = analyse_masks(folder / "masks", interval, matrix_size, run.notes)
-        if run.history is None:
-            run.notes.append("fewer than two projections")
-        else:
-            run.sad, run.stability = summarise(run.history), stability(run.history)
-            run.history.spells = np.zeros((4, 0))  # summarised, and large
-            if run.history.updates[-1] + interval <= config["total_timesteps"] - config.get("learning_starts", 0):
-                run.stability = {"spread": None, "slope": None}
-                run.notes.append("its masks end early: nothing is said on their stability")
-    return run
+        layers, shapes, rows = read_masks(run.folder, interval, run.notes)
+        if len(rows) < 2:
+            return run.notes.append("fewer than two projections")
+        run.history = analyse_masks(layers, shapes, rows, matrix_size)
+        run.sad, run.stability = summarise(run.history), stability(run.history)
+        run.history.spells = np.zeros((4, 0))  # summarised, and large
+        if run.history.updates[-1] + interval <= config["total_timesteps"] - config.get("learning_starts", 0):
+            run.stability = {"spread": None, "slope": None}
+            run.notes.append("its masks end early: nothing is said on their stability")
 
 
 # ---------------------------------------------------------------- statistics
@@ -406,22 +448,25 @@ def estimate(strata: list[np.ndarray], seed: int, scales: Sequence[np.ndarray] =
     return result
 
 
-def compare_groups(runs: list[Run], seed: int) -> tuple[dict[tuple, dict], dict[tuple, dict]]:
-    """Final returns by group; and by pattern and K over all environments, as ratios to the mean of dense.
+def final(runs: list[Run]) -> np.ndarray:
+    return np.array([run.returns[-LAST:].mean() for run in runs])
 
-    The second is empty with one environment, or where one has no dense runs, or such with a mean that is not positive.
+
+def across(results: dict[tuple, list[Run]], dense: dict[tuple, list[Run]], seed: int) -> tuple[list[str], dict]:
+    """Over all environments, as ratios to the mean of dense: those that can be used, and an estimate for each kind.
+
+    Both: environment and kind of run to its runs; dense: what each is compared with. An environment can be used where
+    all that is dense is positive; there are no estimates with fewer than two of them.
     """
-    samples: dict[tuple, np.ndarray] = {}
-    for group in sorted({run.group for run in runs if run.finished}):
-        samples[group] = np.array([run.final_return for run in runs if run.group == group and run.finished])
-    groups = {group: estimate([values], seed) for group, values in samples.items()}
-    envs = sorted({env for env, *_ in groups})
-    dense = [samples.get((env, "dense", -1, ""), np.zeros(1)) for env in envs]
-    across = {}
-    for key in sorted({group[1:] for group in groups}) if len(envs) > 1 and min(d.mean() for d in dense) > 0 else ():
-        if all((env, *key) in samples for env in envs):
-            across[key] = estimate([samples[env, *key] for env in envs], seed, dense)
-    return groups, across
+    least = {
+        env: min((final(runs).min() for (e, _), runs in dense.items() if e == env), default=0) for env, _ in results
+    }
+    envs, found = [env for env in least if least[env] > 0], {}
+    for kind in dict.fromkeys(kind for _, kind in results) if len(envs) > 1 else ():
+        keys = [(env, kind) for env in envs]
+        if all(key in results and key in dense for key in keys):
+            found[kind] = estimate([final(results[key]) for key in keys], seed, [final(dense[key]) for key in keys])
+    return envs, found
 
 
 def correlate(runs: list[Run], seed: int) -> dict[str, dict]:
@@ -454,7 +499,7 @@ def correlate(runs: list[Run], seed: int) -> dict[str, dict]:
     return result
 
 
-# ---------------------------------------------------------------- output
+# ---------------------------------------------------------------- tables
 
 
 def binned(history: History, points: int) -> dict[str, np.ndarray]:
@@ -467,22 +512,25 @@ def binned(history: History, points: int) -> dict[str, np.ndarray]:
     return table | {"sad_first": history.sad_first[ends], "overlap": history.overlap[ends]}
 
 
-def write_csv(path: Path, runs: list[Run], points: int) -> None:
-    """One row for each run, point in time, and layer, network or total."""
+def write_csv(path: Path, header: Sequence[str], rows: Iterator[Sequence]) -> None:
     with open(path, "w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        columns = ["run", "step", "update", "name", "projections", "active", "sad", "sad_rate_per_projection"]
-        writer.writerow([*columns, "sad_first", "sad_rate_first", "overlap_with_target"])
-        for run in runs:
-            table = binned(run.history, points) if run.history else {"step": []}
-            for t in range(len(table["step"])):
-                head = [run.name, table["step"][t], table["update"][t]]
-                for name, layers in members(run.history).items():
-                    active, count = run.history.active[layers].sum(), table["projections"][t]
-                    sad, first, both = (table[key][t][layers].sum() for key in ("sad", "sad_first", "overlap"))
-                    overlap = f"{both / active:.5f}" if "_target" not in name and name != "total" else ""
-                    row = [name, count, active, sad, f"{sad / count / active:.4g}", first, f"{first / active:.4g}"]
-                    writer.writerow([*head, *row, overlap])
+        csv.writer(file, lineterminator="\n").writerows([header, *rows])
+
+
+SAD_COLUMNS = ["run", "step", "update", "name", "projections", "active", "sad", "sad_rate_per_projection"]
+SAD_COLUMNS += ["sad_first", "sad_rate_first", "overlap_with_target"]
+
+
+def sad_rows(run: Run, points: int) -> Iterator[list]:
+    """One for each point in time, and layer, network or total."""
+    table = binned(run.history, points)
+    for t, step in enumerate(table["step"]):
+        for name, layers in members(run.history).items():
+            active, count = run.history.active[layers].sum(), table["projections"][t]
+            sad, first, both = (table[key][t][layers].sum() for key in ("sad", "sad_first", "overlap"))
+            overlap = f"{both / active:.5f}" if "_target" not in name and name != "total" else ""
+            row = [name, count, active, sad, f"{sad / count / active:.4g}", first, f"{first / active:.4g}"]
+            yield [run.name, step, table["update"][t], *row, overlap]
 
 
 def label(group: tuple) -> str:
@@ -494,42 +542,46 @@ def with_interval(value: float, bounds: list[float] | None, form: str) -> str:
     return f"{value:{form}}" + (f" [{bounds[0]:{form}}, {bounds[1]:{form}}]" if bounds else "")
 
 
-def show(runs: list[Run], groups: dict, across: dict, correlations: dict) -> None:
+def markdown(header: Sequence[str], rows: Sequence[Sequence]) -> str:
+    """A table."""
+    lines = [f"| {' | '.join(map(str, row))} |" for row in (header, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(header), *lines[1:], ""])
+
+
+def returns_table(estimates: dict[str, dict], form: str) -> str:
+    """Of what `estimate` found."""
+    cells = [[with_interval(x[key], x[f"{key}_interval"], form) for key in ("mean", "iqm")] for x in estimates.values()]
+    rows = [[name, x["runs"], *cell] for (name, x), cell in zip(estimates.items(), cells, strict=True)]
+    return markdown(["", "runs", "mean", "interquartile mean"], rows)
+
+
+def show(runs: list[Run], estimates: dict[str, dict], correlations: dict) -> None:
     """Print tables of runs and groups, and what the correlation says."""
-    header = ("SAD rate", "half-life", "newcomer", "never", "always", "returns", "spread", "return")
-    under = ("a proj.", "updates", "updates", "active", "active", "of ent.", "of SAD", f"last {LAST}")
-    widths = (9, 10, 10, 7, 7, 8, 7, 9)
-
-    def line(name: str, columns: Sequence[str]) -> None:
-        print(f"{name:58}" + "".join(f"{column:>{width}}" for column, width in zip(columns, widths, strict=True)))
-
-    line("run", header)
-    line("", under)
+    header = ["run", "SAD rate of a projection", "half-life, updates", "newcomer", "never active", "always active"]
+    header, rows = [*header, "returns of entrances", "spread of SAD", f"return, last {LAST}"], []
     for run in runs:
-        final = "-" if run.final_return is None else f"{run.final_return:.1f}"
-        columns = ["-"] * 7
+        columns, spread = ["-"] * 6, run.stability.get("spread")
         if run.history:
-            total, spread = run.sad["total"], run.stability["spread"]
+            total = run.sad["total"]
             lives = [total["half_life"], total["newcomer_half_life"]]
             lives = [f"{'>' * x['lower_bound']}{x['updates']:.0f}" if x["updates"] else "-" for x in lives]
             back = f"{total['returned'] / total['entered']:.1%}" if total["entered"] else "-"
             shares = [f"{total[key]:.1%}" for key in ("never_active", "always_active")]
             columns = [f"{total['sad_rate_per_projection']:.3%}", *lives, *shares, back]
-            columns.append("-" if spread is None else f"{spread:.2f}")
-        line(run.name, [*columns, final])
-        for note in run.notes:
-            print(f"    {note}")
-    print(f"\nfinal returns (mean of the last {LAST} evaluations; 95 % bootstrap intervals over seeds)")
-    for group, result in (groups | {("all, ratio to dense", *key): value for key, value in across.items()}).items():
-        parts = [f"{name} {with_interval(result[name], result[f'{name}_interval'], '.4g')}" for name in ("mean", "iqm")]
-        print(f"  {group[0]}, {label(group):24}{result['runs']:3} runs  " + "  ".join(parts))
+        ends = ["-" if x is None else f"{x:{form}}" for x, form in ((spread, ".2f"), (run.final_return, ".1f"))]
+        rows.append([run.name, *columns, *ends])
+    print(markdown(header, rows), *[f"{run.name}: {note}" for run in runs for note in run.notes], sep="\n")
+    print(f"\nfinal returns (mean of the last {LAST} evaluations; 95 % bootstrap intervals over seeds)\n")
+    print(returns_table(estimates, ".4g"))
     for env, result in correlations.items():
-        print(f"\nstability of SAD and return, {env}, {result['runs']} runs: {result['verdict']}")
+        print(f"stability of SAD and return, {env}, {result['runs']} runs: {result['verdict']}")
         for name, text in (("", "over all runs"), ("within_groups_", "with the means of each pattern and K taken off")):
             if f"{name}spearman" in result:
                 found = with_interval(result[f"{name}spearman"], result[f"{name}interval"], "+.2f")
                 print(f"  Spearman {found} {text}")
 
+
+# ---------------------------------------------------------------- figures
 
 COLORS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000"]  # Okabe and Ito: for all eyes
 LINES, MARKERS = ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2))], ["o", "s", "^", "D", "v", "P", "X"]
@@ -540,8 +592,28 @@ def look_of(i: int) -> dict:
     return {"color": COLORS[i % 7], "linestyle": LINES[i % 6], "marker": MARKERS[(i + i // 7) % 7]}
 
 
-def style(group: tuple, groups: list[tuple]) -> dict:
-    return look_of(groups.index(group[1:]))
+def looks(results: dict[tuple, list[Run]]) -> dict[str, dict]:
+    """Of the kinds of runs, the same in all environments."""
+    return {kind: look_of(i) for i, kind in enumerate(dict.fromkeys(kind for _, kind in results))}
+
+
+def panels(columns: int, rows: int, width: float, height: float, **options) -> tuple[plt.Figure, np.ndarray]:
+    """Axes [columns, rows], each of that size."""
+    options |= {"figsize": (width * columns, height * rows), "squeeze": False, "layout": "constrained"}
+    figure, axes = plt.subplots(rows, columns, **options)
+    return figure, axes.T
+
+
+def dress(axis: plt.Axes, **labels) -> None:
+    axis.set(**labels)
+    axis.grid(alpha=0.3)
+    if handles := axis.get_legend_handles_labels()[0]:
+        axis.legend(fontsize=8 if len(handles) < 9 else 5, ncols=1 if len(handles) < 17 else 2)
+
+
+def save(figure: plt.Figure, path: Path) -> None:
+    figure.savefig(path, dpi=300)
+    plt.close(figure)
 
 
 def mean_curve(curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
@@ -550,148 +622,111 @@ def mean_curve(curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndar
     return steps, np.mean([returns[np.isin(own, steps)] for own, returns in curves], axis=0)
 
 
-def plot_over_time(runs: list[Run], points: int, path: Path) -> None:
+def draw_curves(
+    axis: plt.Axes, curves: Sequence[tuple], average: tuple | None, look: dict, name: str, count: int
+) -> None:
+    """Curves (x, returns) of runs, thin, and their average, thick, with the name and the number of its runs."""
+    for x, returns in curves:
+        axis.plot(x, returns, color=look["color"], ls=look["linestyle"], lw=0.6, alpha=0.5)
+    if average:
+        seeds = f"{name} ({count} seed{'s' * (count > 1)})"
+        axis.plot(*average, **look, markevery=max(1, len(average[0]) // 8), ms=4, lw=2, label=seeds)
+
+
+def plot_over_time(groups: dict[tuple, list[Run]], points: int, path: Path) -> None:
     """SAD per projection, overlap with the targets' masks, learning curves: one time axis, a column per environment."""
-    envs, groups = sorted({run.config["env_id"] for run in runs}), sorted({run.group[1:] for run in runs})
-    figure, axes = plt.subplots(3, len(envs), figsize=(6.4 * len(envs), 8), sharex="col", squeeze=False)
-    for (top, middle, bottom), env in zip(axes.T, envs, strict=True):
-        for group in sorted({run.group for run in runs if run.config["env_id"] == env}):
-            chosen, look = [run for run in runs if run.group == group], style(group, groups)
-            for i, run in enumerate(run for run in chosen if run.history):
-                table, active = binned(run.history, points), run.history.active
-                rate = 100 * table["sad"].sum(1) / table["projections"] / active.sum()
-                online = table["overlap"].any(0)
-                overlap = 100 * table["overlap"].sum(1) / active[online].sum()
-                thin = {**look, "markevery": max(1, len(rate) // 8), "ms": 4, "lw": 1, "alpha": 0.8}
-                top.plot(table["step"] / 1000, rate, **thin, label=label(group) if i == 0 else None)
-                middle.plot(table["step"] / 1000, overlap, **thin)
-            curves = [run for run in chosen if len(run.steps)]
-            for run in curves:
-                faint = {"color": look["color"], "ls": look["linestyle"], "lw": 0.6, "alpha": 0.5}
-                bottom.plot(run.steps / 1000, run.returns, **faint)
-            if ended := [run for run in chosen if run.finished]:
-                steps, average = mean_curve([(run.steps, run.returns) for run in ended])
-                thick = {**look, "markevery": max(1, len(steps) // 8), "ms": 4, "lw": 2}
-                seeds = f"{label(group)} ({len(ended)} seed{'s' * (len(ended) > 1)})"
-                bottom.plot(steps / 1000, average, **thick, label=seeds)
-        top.set(yscale="log", ylabel="SAD of a projection\n(% of active entries)", title=env)
-        middle.set(ylabel="active entries that are\nactive in the target, too (%)")
-        bottom.set(xlabel="environment steps (thousands)", ylabel="evaluation return\n(thick: mean over seeds)")
-        for axis in (top, middle, bottom):
-            axis.grid(alpha=0.3)
-            if axis.get_legend_handles_labels()[0]:
-                axis.legend(fontsize=8)
+    envs, styles = list(dict.fromkeys(env for env, _ in groups)), looks(groups)
+    figure, axes = panels(len(envs), 3, 6.4, 2.7, sharex="col")
+    for (env, kind), runs in groups.items():
+        (top, middle, bottom), look = axes[envs.index(env)], styles[kind]
+        for i, run in enumerate(run for run in runs if run.history):
+            table, active = binned(run.history, points), run.history.active
+            rate = 100 * table["sad"].sum(1) / table["projections"] / active.sum()
+            overlap = 100 * table["overlap"].sum(1) / active[table["overlap"].any(0)].sum()
+            thin = {**look, "markevery": max(1, len(rate) // 8), "ms": 4, "lw": 1, "alpha": 0.8}
+            top.plot(table["step"] / 1000, rate, **thin, label=kind if i == 0 else None)
+            middle.plot(table["step"] / 1000, overlap, **thin)
+        curves = [(run.steps / 1000, run.returns) for run in runs if len(run.steps)]
+        ended = [(run.steps / 1000, run.returns) for run in runs if run.finished]
+        draw_curves(bottom, curves, mean_curve(ended) if ended else None, look, kind, len(ended))
+    for (top, middle, bottom), env in zip(axes, envs, strict=True):
+        dress(top, yscale="log", ylabel="SAD of a projection\n(% of active entries)", title=env)
+        dress(middle, ylabel="active entries that are\nactive in the target, too (%)")
+        dress(bottom, xlabel="environment steps (thousands)", ylabel="evaluation return\n(thick: mean over seeds)")
     save(figure, path)
 
 
-def plot_matrices(runs: list[Run], path: Path) -> None:
+def plot_matrices(groups: dict[tuple, list[Run]], path: Path) -> None:
     """SAD between any two steps, for the first run of each group."""
-    first = {run.group: run for run in reversed(runs) if run.history}
-    chosen = [first[group] for group in sorted(first)]
-    columns = math.isqrt(len(chosen) - 1) + 1
-    rows = -(-len(chosen) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(4 * columns, 3.6 * rows), squeeze=False)
-    for axis in axes.flat[len(chosen) :]:
-        axis.remove()
-    for axis, run in zip(axes.flat, chosen, strict=False):
+    first = {key: run for key, runs in groups.items() for run in reversed(runs) if run.history}
+    columns = math.isqrt(len(first) - 1) + 1
+    figure, axes = panels(columns, -(-len(first) // columns), 4, 3.6)
+    for axis, ((env, kind), run) in zip_longest(axes.T.flat, first.items(), fillvalue=((None, None), None)):
+        if run is None:
+            axis.remove()
+            continue
         history = run.history
         rates = 100 * history.matrix.sum(2) / history.active.sum()
-        steps = history.steps[history.kept] / 1000
-        edges = [*steps, run.config["total_timesteps"] / 1000]  # masks hold until the next projection
+        edges = [*history.steps[history.kept] / 1000, run.config["total_timesteps"] / 1000]  # the last masks hold on
         mesh = axis.pcolormesh(edges, edges, rates, cmap="cividis", rasterized=True)
         axis.set(xlabel="step (thousands)", ylabel="step (thousands)", aspect="equal")
-        axis.set_title(f"{run.config['env_id']}, {label(run.group)}, seed {run.config['seed']}", fontsize=9)
+        axis.set_title(f"{env}, {kind}, seed {run.config['seed']}", fontsize=9)
         figure.colorbar(mesh, ax=axis, label="SAD (% of active entries)", shrink=0.85)
     save(figure, path)
 
 
-def plot_return_over_k(groups: dict, runs: list[Run], path: Path) -> None:
-    """Final returns by K: each run, the mean and its interval."""
-    envs = sorted({env for env, *_ in groups})
-    figure, axes = plt.subplots(1, len(envs), figsize=(5.2 * len(envs), 4), squeeze=False)
-    for axis, env in zip(axes[0], envs, strict=True):
-        mine = {group: result for group, result in groups.items() if group[0] == env}
-        patterns = sorted({(pattern, extra) for _, pattern, _, extra in mine})
-        ks = sorted(
-            {k for _, _, k, _ in mine}, key=lambda k: math.inf if k == 0 else k
-        )  # dense, rarer and rarer, never
-        for i, (pattern, extra) in enumerate(patterns):
-            shift = 0.16 * (i - (len(patterns) - 1) / 2)
-            look = {"color": COLORS[i % 7], "marker": MARKERS[i % 7]}
-            for k in ks:
-                if (env, pattern, k, extra) in mine:
-                    result, x = mine[env, pattern, k, extra], ks.index(k) + shift
-                    values = [
-                        run.final_return for run in runs if run.group == (env, pattern, k, extra) and run.finished
-                    ]
-                    axis.plot([x - 0.05] * len(values), values, ls="", **look, ms=4, mfc="none", alpha=0.8)
-                    low, high = result["mean_interval"] or (result["mean"], result["mean"])
-                    error = [[result["mean"] - low], [high - result["mean"]]]
-                    name = pattern + extra if k == next(j for j in ks if (env, pattern, j, extra) in mine) else None
-                    axis.errorbar(x + 0.05, result["mean"], error, **look, ms=8, capsize=4, label=name)
-        axis.set_xticks(range(len(ks)), ["dense" if k < 0 else "never" if k == 0 else f"{k}" for k in ks])
-        axis.set(
-            xlabel="K, critic updates between projections",
-            ylabel=f"return (mean of last {LAST} evaluations)",
-            title=env,
-        )
-        axis.grid(alpha=0.3)
-        axis.legend(title="open: runs; filled: mean, 95 %", fontsize=8, title_fontsize=8)
+def plot_returns(results: dict[tuple, list[Run]], path: Path) -> None:
+    """Final returns by kind of run: each run, and beside them the mean with its interval."""
+    envs, styles = list(dict.fromkeys(env for env, _ in results)), looks(results)
+    figure, axes = panels(len(envs), 1, max(4.5, 0.5 * len(styles)), 4)
+    for (axis,), env in zip(axes, envs, strict=True):
+        kinds = [kind for kind in styles if (env, kind) in results]
+        for x, kind in enumerate(kinds):
+            values, look = final(results[env, kind]), {**styles[kind], "linestyle": ""}
+            average, (low, high) = values.mean(), bootstrap([values], mean, 1) or [values.mean()] * 2
+            axis.plot([x - 0.12] * len(values), values, **look, ms=4, mfc="none")
+            axis.errorbar(x + 0.12, average, [[average - low], [high - average]], **look, ms=8, capsize=4)
+        few = {"rotation": 0} if len(kinds) < 6 else {"rotation": 90, "fontsize": 7}
+        axis.set_xticks(range(len(kinds)), [f"{kind}\n{len(results[env, kind])} seeds" for kind in kinds], **few)
+        dress(axis, ylabel=f"return, last {LAST} evaluations (filled: mean)", title=env, xlim=(-0.6, len(kinds) - 0.4))
     save(figure, path)
 
 
-def plot_stability(runs: list[Run], correlations: dict, path: Path) -> None:
+def plot_stability(groups: dict[tuple, list[Run]], correlations: dict, path: Path) -> None:
     """Spread of the SAD against the final return."""
-    envs, groups = list(correlations), sorted({run.group[1:] for run in runs})
-    figure, axes = plt.subplots(1, len(envs), figsize=(5.2 * len(envs), 4.2), squeeze=False)
-    for axis, env in zip(axes[0], envs, strict=True):
-        for group in sorted({run.group for run in runs if run.config["env_id"] == env}):
-            chosen = [run for run in runs if run.group == group and run.history and run.finished]
-            pairs = [(run.stability["spread"], run.final_return) for run in chosen]
-            pairs = [pair for pair in pairs if pair[0] is not None]
-            if pairs:
-                axis.plot(*zip(*pairs, strict=True), **{**style(group, groups), "linestyle": ""}, label=label(group))
-        result = correlations[env]
+    figure, axes = panels(len(correlations), 1, 5.2, 4.2)
+    for (axis,), (env, result) in zip(axes, correlations.items(), strict=True):
+        for (e, kind), runs in groups.items():
+            pairs = [(run.stability.get("spread"), run.final_return) for run in runs]
+            pairs = [pair for pair in pairs if None not in pair and e == env]
+            look = {**looks(groups)[kind], "linestyle": "", "label": kind if pairs else None}
+            axis.plot([x for x, _ in pairs], [y for _, y in pairs], **look)
+        text = result["verdict"]
         if "spearman" in result:
             text = f"Spearman of stability and return {with_interval(result['spearman'], result['interval'], '+.2f')}"
-        else:
-            text = result["verdict"]
         axis.set_title(f"{env}\n{text}", fontsize=9)
-        axis.set(xlabel="spread of the SAD over the last half (std / mean); left is stable", ylabel="final return")
-        axis.grid(alpha=0.3)
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=8)
+        dress(axis, xlabel="spread of the SAD over the last half (std / mean); left is stable", ylabel="final return")
     save(figure, path)
-
-
-def save(figure: plt.Figure, path: Path) -> None:
-    figure.tight_layout()
-    figure.savefig(path, dpi=300)
-    plt.close(figure)
 
 
 # ---------------------------------------------------------------- the whole
 
 
 def make_example(out: Path) -> None:
-    """Three small runs in `out`/runs, two at a time. Raises UsageError if one fails."""
-    script = Path(__file__).with_name("rnm_td3_continuous.py")
+    """Three small runs in `out`/runs. Raises UsageError if one fails."""
+    script, runs = Path(__file__).with_name("rnm_td3_continuous.py"), []
     flags = "--env-id HalfCheetah-v5 --total-timesteps 10000 --learning-starts 2000 --eval-interval 1000"
-    flags += " --eval-episodes 2 --checkpoint-interval 0"
-    waiting = [[*flags.split(), "--mask-update-interval", str(k)] for k in (10, 50, 250)]
-    running: list[tuple] = []
-    while waiting or running:
-        while waiting and len(running) < 2:
-            command = [sys.executable, "-W", "ignore", str(script), *waiting.pop(0)]
-            print("python", script.name, *command[4:], flush=True)
-            variables = {**os.environ, "OMP_NUM_THREADS": "1"}
-            running.append(subprocess.Popen(command, cwd=out, env=variables, stdout=subprocess.DEVNULL))
-        if running.pop(0).wait():
-            raise UsageError("--example: a run failed, as it says above")
+    flags += " --eval-episodes 2 --checkpoint-interval 0 --mask-update-interval"
+    for k in ("10", "50", "250"):
+        print("python", script.name, flags, k, flush=True)
+        options = {"cwd": out, "env": {**os.environ, "OMP_NUM_THREADS": "1"}, "stdout": subprocess.DEVNULL}
+        runs.append(subprocess.Popen([sys.executable, "-W", "ignore", script, *flags.split(), k], **options))
+    if any([run.wait() for run in runs]):
+        raise UsageError("--example: a run failed, as it says above")
 
 
 def analyse(args: Args) -> dict:
-    """Read, compute and write everything. Returns what summary.json holds. Raises UsageError."""
+    """Read, compute and write everything. Returns what summary.json holds. Raises UsageError, Failed."""
     if args.points < 2 or args.matrix_size < 2 or args.seed < 0:
         raise UsageError("--points and --matrix-size have to be 2 or more, --seed 0 or more")
     out = Path(args.out)
@@ -704,56 +739,56 @@ def analyse(args: Args) -> dict:
     runs = []
     for folder in find_runs((*args.runs, *[str(out / "runs")] * args.example)):
         try:
-            runs.append(read_run(folder, args.matrix_size))
-        except ValueError as error:
-            print(f"{folder} is left out: {error}", file=sys.stderr)
+            runs.append(read_run(folder))
+            add_history(runs[-1], args.matrix_size)
+        except Exception as error:  # what others put there: no damage to one run may cost the rest
+            print(f"{folder} is left out: {error if type(error) is ValueError else repr(error)}", file=sys.stderr)
+            runs = [run for run in runs if run.folder != folder]
     if not runs:
-        raise UsageError("no run could be read")
+        raise Failed("no run could be read")
     runs = separate(sorted(runs, key=lambda run: run.name))
     names = Counter(run.name for run in runs)
-    for run in runs:
+    groups, summary, matrices = defaultdict(list), {"runs": {}}, {}
+    for run in sorted(runs, key=lambda run: (run.group, run.config["seed"])):
         run.name = run.name if names[run.name] == 1 else str(run.folder)
-    runs.sort(key=lambda run: (run.group, run.config["seed"]))
-    groups, across = compare_groups(runs, args.seed)
-    correlations = correlate(runs, args.seed)
-    show(runs, groups, across, correlations)
-
-    summary = {"runs": {}, "groups": {}, "stability_and_return": correlations}
-    for run in runs:
+        groups[run.config["env_id"], label(run.group)].append(run)
         entry = {"env_id": run.config["env_id"], "pattern": run.pattern, "mask_update_interval": run.interval}
         entry |= {"seed": run.config["seed"], "final_return": run.final_return, "notes": run.notes}
-        if run.history:
-            entry |= {"projections": len(run.history.steps) - 1, "stability": run.stability, "sad": run.sad}
+        if history := run.history:
+            entry |= {"projections": len(history.steps) - 1, "stability": run.stability, "sad": run.sad}
+            matrices[f"{run.name}/steps"] = history.steps[history.kept]
+            matrices[f"{run.name}/sad"], matrices[f"{run.name}/layers"] = history.matrix, np.array(history.layers)
         summary["runs"][run.name] = entry
-    named = groups | {("all, ratio to dense", *key): value for key, value in across.items()}
-    summary["groups"] = {f"{group[0]}, {label(group)}": result for group, result in named.items()}
-    with_masks = [run for run in runs if run.history]
-    matrices = {}
-    for run in with_masks:
-        matrices[f"{run.name}/steps"] = run.history.steps[run.history.kept]
-        matrices[f"{run.name}/sad"] = run.history.matrix
-        matrices[f"{run.name}/layers"] = np.array(run.history.layers)
+    runs = [run for group in groups.values() for run in group]
+    ended = {key: [run for run in group if run.finished] for key, group in groups.items()}
+    ended = {key: group for key, group in ended.items() if group}
+    dense = {key: ended[key[0], "dense"] for key in ended if (key[0], "dense") in ended}
+    estimates = {", ".join(key): estimate([final(group)], args.seed) for key, group in ended.items()}
+    estimates |= {f"all, ratio to dense, {k}": found for k, found in across(ended, dense, args.seed)[1].items()}
+    summary |= {"groups": estimates, "stability_and_return": correlate(runs, args.seed)}
+    show(runs, estimates, summary["stability_and_return"])
     (out / "summary.json").write_text(json.dumps(summary, indent=1))
-    if with_masks:
-        write_csv(out / "sad.csv", with_masks, args.points)
+    if matrices:
+        rows = (row for run in runs if run.history for row in sad_rows(run, args.points))
+        write_csv(out / "sad.csv", SAD_COLUMNS, rows)
         np.savez_compressed(out / "sad_matrices.npz", **matrices)
-        plot_matrices(runs, out / "heatmap.png")
-    plot_over_time(runs, args.points, out / "sad_over_time.png")
-    if groups:
-        plot_return_over_k(groups, runs, out / "return_over_k.png")
-        plot_stability(runs, correlations, out / "stability.png")
+        plot_matrices(groups, out / "heatmap.png")
+    plot_over_time(groups, args.points, out / "sad_over_time.png")
+    if ended:
+        plot_returns(ended, out / "return_over_k.png")
+        plot_stability(ended, summary["stability_and_return"], out / "stability.png")
     print(f"\nfiles in {out}/")
     return summary
 
 
 def main() -> int:
-    """Exit code: 0 done, 2 bad input, 130 interrupted."""
+    """Exit code: 0 done, 1 nothing that could be used, or a full disk, 2 bad input, 130 interrupted."""
     args = tyro.cli(Args, description=__doc__)
     try:
         analyse(args)
-    except (UsageError, OSError) as error:  # OSError: --out cannot be written
+    except (UsageError, Failed, OSError) as error:  # OSError: --out cannot be written
         print("error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
         return 130
     return 0

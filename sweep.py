@@ -1,13 +1,16 @@
-"""Many runs: environments x patterns x seeds, as the plain scripts on Ray or Slurm, and honest statistics of them.
+"""Many runs: environments x patterns x variants x seeds, as the plain scripts on Ray or Slurm, and their statistics.
 
 Started again with the same arguments it skips runs that are finished and resumes those that are not. `--report` makes
 tables and figures. The run folders are in `runs/` of the folder where it was started, what it makes in `--out`.
 """
 
+import ast
 import contextlib
 import csv
 import ctypes
+import functools
 import glob
+import itertools
 import json
 import os
 import re
@@ -18,51 +21,42 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass
+from itertools import pairwise
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
+import pydantic
 import scipy.stats
 import tyro
 from filelock import FileLock, Timeout
 
-from sad_analysis import (
-    LAST,
-    UsageError,
-    bootstrap,
-    estimate,
-    iqm,
-    look_of,
-    mean,
-    mean_curve,
-    read_evaluations,
-    save,
-    with_interval,
-)
+import sad_analysis as sad
+from sad_analysis import LAST, Failed, Run, UsageError, bootstrap, final, iqm, mean, with_interval
 
 HERE = Path(__file__).resolve().parent
+DENSE = HERE / "td3_continuous.py"
 
 
 @dataclass
 class Args:
     env_ids: tuple[str, ...] = ("HalfCheetah-v4",)  # environments
     patterns: tuple[str, ...] = ("dense", "2:4", "1:4", "1:8")  # `dense` (td3_continuous.py) or N:M
+    variants: tuple[str, ...] = ("base",)  # `base`, or "NAME=FLAGS": more flags, and a name for the runs that have them
     seeds: tuple[str, ...] = ("1-3",)  # seeds, or ranges of them
     total_timesteps: int = 1_000_000  # length of each run, in environment steps; a longer one extends what is there
-    flags: str = ""  # more flags of both scripts, in one string: --flags="--eval-interval 10000"
+    flags: str = ""  # more flags of all runs, in one string: --flags="--eval-interval 10000"
     sparse_flags: str = ""  # more flags of the N:M runs: --sparse-flags="--mask-update-interval 100"
-    out: str = (
-        "results/sweep"  # folder of logs, copied results, commands and report; its name is part of the runs' names
-    )
+    out: str = "results/sweep"  # folder of logs, results and report; its name is part of the runs' names
     address: str | None = None  # of a Ray cluster (`auto`, or host:port); otherwise one is started on this machine
     gpus: float = 0.0  # GPUs for each run, or a share of one
-    retries: int = 3  # how often a run that failed, or whose node was lost, is tried again
+    retries: int = 3  # how often a run that failed, or whose node was lost, is tried again; not one with wrong flags
     dry_run: bool = False  # print the commands, do nothing
     list: bool = False  # print the state of each run, do nothing
     slurm: bool = False  # write an array script for Slurm to --out instead
     task: int | None = None  # do this run alone, here: what the array script calls
-    report: str | None = None  # folder of a sweep: write report.md and figures there, from its copied results
+    report: str | None = None  # folder of a sweep: write report.md, CSV files and figures there, from its results
 
 
 @dataclass(frozen=True)
@@ -73,51 +67,64 @@ class Task:
     pattern: str
     seed: int
     total_timesteps: int
-    flags: tuple[str, ...]
-    out: Path  # absolute
-    work: Path  # absolute: where `runs/` is
+    flags: list[str]
+    variant: str = "base"
+    out: Path = Path()  # absolute
+    work: Path = Path()  # absolute: where `runs/` is
+
+    @property
+    def kind(self) -> str:
+        return self.pattern.replace(":", "_") + (f"__{self.variant}" if self.variant != "base" else "")
 
     @property
     def name(self) -> str:
-        return f"{self.env_id.replace('/', '_')}__{self.pattern.replace(':', '_')}__{self.seed}"
+        return f"{self.env_id.replace('/', '_')}__{self.kind}__{self.seed}"
 
     @property
-    def exp_name(self) -> str:
-        return f"{self.out.name}__{self.pattern.replace(':', '_')}"
+    def title(self) -> str:
+        return self.pattern if self.variant == "base" else f"{self.pattern}, {self.variant}"
 
     @property
     def log(self) -> Path:
         return self.out / "logs" / f"{self.name}.log"
 
     @property
-    def script(self) -> str:
-        return str(HERE / ("td3_continuous.py" if self.pattern == "dense" else "rnm_td3_continuous.py"))
+    def results(self) -> Path:
+        return self.out / "runs" / self.name
+
+    @property
+    def script(self) -> Path:
+        return DENSE if self.pattern == "dense" else HERE / "rnm_td3_continuous.py"
 
     def folders(self) -> list[Path]:
-        """Its run folders, the one to go on with last: finished, or with the newest checkpoint."""
-        prefix = f"{self.env_id.replace('/', '_')}__{self.exp_name}__{self.seed}__"
+        """Its run folders, the one to go on with last: with the last evaluation of all, or the newest checkpoint."""
+        prefix = f"{self.env_id.replace('/', '_')}__{self.out.name}__{self.kind}__{self.seed}__"
         found = (self.work / "runs").glob(glob.escape(prefix) + "*")
-        return sorted(found, key=lambda path: (self.finished(path), checkpoint(path), path))
+        return sorted(found, key=lambda path: (last_evaluation(path) >= self.total_timesteps, checkpoint(path), path))
 
-    def finished(self, folder: Path) -> bool:
-        return last_evaluation(folder) >= self.total_timesteps
+    def finished(self) -> bool:
+        places = [self.results, *self.folders()[-1:]]
+        return any(last_evaluation(folder) >= self.total_timesteps for folder in places)
 
     def fresh_command(self) -> list[str]:
-        command = [sys.executable, self.script, "--env-id", self.env_id, "--seed", str(self.seed)]
-        command += ["--total-timesteps", str(self.total_timesteps), "--exp-name", self.exp_name]
+        command = [sys.executable, str(self.script), "--env-id", self.env_id, "--seed", str(self.seed)]
+        command += ["--total-timesteps", str(self.total_timesteps), "--exp-name", f"{self.out.name}__{self.kind}"]
         if self.pattern != "dense":
             n, m = self.pattern.split(":")
             command += ["--n", n, "--m", m]
         return [*command, *self.flags]
 
     def command(self) -> list[str] | None:
-        """What brings the run to its end from where it is. None if it is there."""
-        folders = self.folders()
-        if folders and self.finished(folders[-1]):
+        """What brings the run to its end from where it is. None if it is there. Raises UsageError."""
+        if self.finished():
             return None
+        folders = self.folders()
         if folders and checkpoint(folders[-1]) >= 0:
-            resume = [sys.executable, self.script, "--resume", str(folders[-1].relative_to(self.work))]
+            resume = [sys.executable, str(self.script), "--resume", str(folders[-1].relative_to(self.work))]
             return [*resume, "--total-timesteps", str(self.total_timesteps), "--env-id", self.env_id]
+        if (step := last_evaluation(self.results)) >= 0:
+            advice = f"bring it back to {self.work}/runs, or delete {self.results}"
+            raise UsageError(f"{self.name} is at step {step}, and its run folder is needed to go on: {advice}")
         return self.fresh_command()
 
 
@@ -126,57 +133,81 @@ def checkpoint(folder: Path) -> int:
     return max((int(path.stem) for path in folder.glob(f"checkpoints/{'[0-9]' * 9}.pt")), default=-1)
 
 
-def last_row(path: Path) -> dict[str, str]:
-    """The last complete row of a CSV file; empty if there is none."""
-    try:
-        rows = list(csv.DictReader(path.read_text().splitlines()))
-        return next((row for row in reversed(rows) if all(value not in (None, "") for value in row.values())), {})
-    except (OSError, ValueError, csv.Error):  # not there yet, or damaged
-        return {}
+def last_step(path: Path) -> int:
+    """In the last whole row of a CSV file; -1 if there is none."""
+    with contextlib.suppress(OSError, ValueError, csv.Error):  # not there yet, or damaged
+        for row in reversed(list(csv.DictReader(path.read_text().splitlines()))):
+            if all(value not in (None, "") for value in row.values()):
+                return int(row["step"])
+    return -1
 
 
 def last_evaluation(folder: Path) -> int:
-    return int(last_row(folder / "evaluations.csv").get("step", -1))
+    return last_step(folder / "evaluations.csv")
+
+
+@functools.cache
+def flags_of(script: Path) -> set[str]:
+    """Names of the flags of a script, without reading it into this process: that takes seconds."""
+    tree = ast.parse(script.read_text()).body
+    (args,) = (node for node in tree if isinstance(node, ast.ClassDef) and node.name == "Args")
+    names = {node.target.id.replace("_", "-") for node in args.body if isinstance(node, ast.AnnAssign)}
+    return names | {f"no-{name}" for name in names}
+
+
+def names_in(flags: Sequence[str]) -> list[str]:
+    return [word[2:].split("=")[0].replace("_", "-") for word in flags if word.startswith("--")]
 
 
 def tasks_of(args: Args) -> list[Task]:
-    """All runs of a sweep. Raises UsageError."""
-    seeds = []
+    """All runs of a sweep; what is asked for twice is there once. Raises UsageError."""
+    seeds, patterns, variants = [], [], {}
     for text in args.seeds:
         match = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
         if not match or int(match[2] or match[1]) < int(match[1]):
             raise UsageError(f"--seeds {text}: give numbers, or ranges such as 1-5")
         seeds += range(int(match[1]), int(match[2] or match[1]) + 1)
-    for pattern in args.patterns:
-        match = re.fullmatch(r"dense|(\d+):(\d+)", pattern)
+    for text in args.patterns:
+        match = re.fullmatch(r"dense|(\d+):(\d+)", text)
         if not match or (match[1] and not 1 <= int(match[1]) <= int(match[2])):
-            raise UsageError(f"--patterns {pattern}: give `dense` or N:M with 1 <= N <= M")
+            raise UsageError(f"--patterns {text}: give `dense` or N:M with 1 <= N <= M")
+        patterns.append(f"{int(match[1])}:{int(match[2])}" if match[1] else text)
     if args.total_timesteps < 1 or args.retries < 0:
         raise UsageError("--total-timesteps has to be 1 or more, --retries 0 or more")
     if args.gpus < 0 or (args.gpus > 1 and args.gpus % 1) or round(args.gpus, 4) != args.gpus:  # Ray's own rules
         raise UsageError(f"--gpus {args.gpus:g}: give a whole number, or a share such as 0.25")
     try:
-        flags, sparse_flags = tuple(shlex.split(args.flags)), tuple(shlex.split(args.sparse_flags))
+        flags, sparse_flags = shlex.split(args.flags), shlex.split(args.sparse_flags)
+        for text in args.variants:
+            match = re.fullmatch(r"base|(?!base=)([A-Za-z0-9.-]+)=(.*)", text)
+            if not match or variants.setdefault(match[1] or "base", more := shlex.split(match[2] or "")) != more:
+                raise ValueError(f"give `base`, or NAME=FLAGS, each name once, instead of {text!r}")
     except ValueError as error:
-        raise UsageError(f"--flags or --sparse-flags: {error}") from error
-    words = " ".join([*flags, *sparse_flags]).replace("=", " ")
-    for name in ("env-id", "seed", "exp-name", "total-timesteps", "resume", "evaluate", "n", "m", "eval-interval 0"):
-        if re.search(rf"--{name}( |$)", words.replace("_", "-")):
+        raise UsageError(f"--flags, --sparse-flags or --variants: {error}") from error
+    for words in (flags, sparse_flags, *variants.values()):
+        taken = {"env-id", "seed", "exp-name", "total-timesteps", "resume", "evaluate", "n", "m"} & {*names_in(words)}
+        if taken or re.search("--eval[-_]interval[ =]0( |$)", " ".join(words)):
+            name = min(taken, default="eval-interval 0")
             raise UsageError(f"--flags: --{name} is not for all runs; a sweep sets it, or needs it")
-    out, work, tasks = Path(args.out).resolve(), Path.cwd(), []
-    for seed in dict.fromkeys(seeds):
-        for env_id in args.env_ids:
-            for pattern in args.patterns:
-                mine = flags if pattern == "dense" else flags + sparse_flags
-                tasks.append(Task(env_id, pattern, seed, args.total_timesteps, mine, out, work))
-    return tasks
+        for name in names_in(words):
+            if not any(name in flags_of(script) for script in (DENSE, HERE / "rnm_td3_continuous.py")):
+                raise UsageError(f"--flags: --{name} is a flag of neither script")
+    out, work, tasks, left_out = Path(args.out).resolve(), Path.cwd(), {}, defaultdict(set)
+    for seed, env_id, (variant, more), pattern in itertools.product(seeds, args.env_ids, variants.items(), patterns):
+        mine = [*flags, *([] if pattern == "dense" else sparse_flags), *more]
+        task = Task(env_id, pattern, seed, args.total_timesteps, mine, variant, out, work)
+        if unknown := [name for name in names_in(mine) if name not in flags_of(task.script)]:
+            left_out[f"{task.script.name} has no --{unknown[0]}"].add(f"{pattern} of {variant}")
+        elif tasks.setdefault(task.name, task) != task:
+            raise UsageError(f"--env-ids: {env_id} and {tasks[task.name].env_id} would have the same names")
+    for reason, kinds in left_out.items():
+        print(f"left out: {', '.join(sorted(kinds))}: {reason}", file=sys.stderr)
+    if not tasks:
+        raise UsageError("no runs are left")
+    return list(tasks.values())
 
 
 # ---------------------------------------------------------------- one run
-
-
-class RunFailed(Exception):
-    """A run ended with an error; the message is the last line of its log."""
 
 
 def die_with_parent() -> None:
@@ -186,9 +217,9 @@ def die_with_parent() -> None:
 
 
 def run_task(task: Task) -> str:
-    """Do, resume or skip a run, and copy its results. Returns its name. Raises RunFailed."""
-    task.log.parent.mkdir(parents=True, exist_ok=True)
+    """Do, resume or skip a run, and copy its results. Returns its name. Raises Failed; UsageError: do not retry."""
     try:
+        task.log.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(task.log.with_suffix(".lock"), timeout=0):
             for folder in task.folders()[-1:]:  # the process of a worker that was killed may still write its checkpoint
                 with contextlib.suppress(FileNotFoundError), FileLock(folder / "lock", timeout=60):
@@ -196,17 +227,20 @@ def run_task(task: Task) -> str:
             command = task.command()
             if command is not None:
                 run_command(task, command)
+            copy_results(task)
     except Timeout as error:
-        raise RunFailed(f"another process is at {task.name}: {error}") from error
-    copy_results(task)
+        raise Failed(f"another process is at {task.name}: {error}") from error
+    except OSError as error:  # a disk that is full, say
+        raise Failed(f"{error.filename or task.log.parent}: {error.strerror}") from error
     return task.name
 
 
 def run_command(task: Task, command: list[str]) -> None:
     with open(task.log, "a") as log:
         print("$", shlex.join(command), file=log, flush=True)
-        options = {"cwd": task.work, "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
-        process = subprocess.Popen(command, **options, stdout=log, stderr=subprocess.STDOUT, preexec_fn=die_with_parent)
+        options = {"cwd": task.work, "env": {**os.environ, "OMP_NUM_THREADS": "1"}, "preexec_fn": die_with_parent}
+        # a session of its own: Ctrl-C reaches it once, through `terminate`; a second signal would cost its checkpoint
+        process = subprocess.Popen(command, **options, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         try:
             while (code := process.poll()) is None:
                 time.sleep(0.2)  # `wait` would not be interrupted by Ray's cancel
@@ -215,9 +249,10 @@ def run_command(task: Task, command: list[str]) -> None:
             process.wait()
             raise
         if code:
-            reason = last_line(task.log)
-            print(f"failed with exit code {code}: {reason}", file=log)
-            raise RunFailed(f"exit code {code}: {reason}")
+            reason = f"exit code {code}: {last_line(task.log)}"
+            with contextlib.suppress(OSError):  # if the disk is full, the reason is told all the same
+                print("failed with", reason, file=log, flush=True)
+            raise (UsageError if code == 2 else Failed)(reason)
 
 
 def last_line(path: Path) -> str:
@@ -228,34 +263,29 @@ def last_line(path: Path) -> str:
 
 
 def copy_results(task: Task) -> None:
-    """The small files of a run, so that a report needs no run folder."""
-    folders = task.folders()
-    if not folders or last_evaluation(folders[-1]) < 0:
-        raise RunFailed(f"no evaluation of {task.name} below {task.work}/runs")
-    target = task.out / "runs" / task.name
-    target.mkdir(parents=True, exist_ok=True)
-    for name in ("config.json", "evaluations.csv"):
-        shutil.copyfile(folders[-1] / name, target / name)
-    episode = last_row(folders[-1] / "episodes.csv")
-    speed = {"step": int(episode.get("step", 0)), "seconds": float(episode.get("seconds", 0))}
-    (target / "speed.json").write_text(json.dumps(speed))
+    """The small files of a run, so that neither a report nor a finished run needs its folder."""
+    for folder in task.folders()[-1:]:
+        task.results.mkdir(parents=True, exist_ok=True)
+        for name in ("config.json", "evaluations.csv"):
+            shutil.copyfile(folder / name, task.results / f"{name}.incomplete")
+            os.replace(task.results / f"{name}.incomplete", task.results / name)
+    if not task.finished():
+        raise Failed(f"the last evaluation of {task.name} is missing below {task.work}/runs")
 
 
 # ---------------------------------------------------------------- all runs
 
 
 def steps_done(task: Task) -> int:
-    folders = task.folders()
-    if not folders:
-        return 0
-    done = last_row(folders[-1] / "episodes.csv").get("step", 0)
-    return min(task.total_timesteps, max(int(done), last_evaluation(folders[-1])))
+    places = [task.results / "evaluations.csv"]
+    places += [folder / name for folder in task.folders()[-1:] for name in ("evaluations.csv", "episodes.csv")]
+    return min(task.total_timesteps, max(0, *map(last_step, places)))
 
 
 def state_of(task: Task) -> str:
     """Finished, running, failed with the last line of its log, interrupted, or waiting."""
     folders = task.folders()
-    if folders and task.finished(folders[-1]):
+    if task.finished():
         return "finished"
     if folders and (folders[-1] / "lock").exists():
         try:
@@ -264,23 +294,21 @@ def state_of(task: Task) -> str:
             return f"running, step {steps_done(task)}"
     if task.log.exists() and (line := last_line(task.log)).startswith("failed with "):
         return line
-    if folders and checkpoint(folders[-1]) >= 0:
-        return f"interrupted, goes on from step {checkpoint(folders[-1])}"
-    return "waiting"
+    try:
+        task.command()
+    except UsageError as error:
+        return str(error)
+    return f"interrupted, goes on from step {checkpoint(folders[-1])}" if "--resume" in task.command() else "waiting"
 
 
-def progress(tasks: list[Task], finished: int, failed: int, history: list[tuple[float, int]]) -> str:
-    """One line for all. `history`: (time, steps done by all) of the calls before; the speed is that of five minutes."""
-    done = sum(map(steps_done, tasks))
-    history.append((time.time(), done))
-    while history[-1][0] - history[0][0] > 300:
-        history.pop(0)
-    seconds, steps = history[-1][0] - history[0][0], history[-1][1] - history[0][1]
+def progress(tasks: list[Task], began: tuple[float, int], finished: int, failed: int) -> str:
+    """One line for all. began: time and steps done then."""
+    seconds, done = time.time() - began[0], sum(map(steps_done, tasks))
     running = sum(state_of(task).startswith("running") for task in tasks)
     line = f"{finished} of {len(tasks)} done, {running} running, {failed} failed"
-    if steps > 0:
-        left = (sum(task.total_timesteps for task in tasks) - done) / (steps / seconds)
-        line += f", {steps / seconds:.0f} steps/s in sum, {left / 3600:.1f} h left"
+    if (speed := (done - began[1]) / seconds) > 0:
+        left = (sum(task.total_timesteps for task in tasks) - done) / speed
+        line += f", {speed:.0f} steps/s in sum, {left / 3600:.1f} h left"
     return line
 
 
@@ -291,7 +319,7 @@ def usable_cores() -> int | None:
 
 
 def run_on_ray(tasks: list[Task], args: Args) -> int:
-    """Returns how many failed."""
+    """Returns how many failed. Raises UsageError."""
     if args.address:
         os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "1")  # a try takes 40 s; Ray's 20 would hide a wrong address
     try:
@@ -311,10 +339,11 @@ def run_on_ray(tasks: list[Task], args: Args) -> int:
             raise UsageError(f"--gpus {args.gpus:g}: Ray finds {there:g} GPUs on this machine; leave it out for CPUs")
         print(f"--gpus {args.gpus:g}: the cluster has {there:g} GPUs now; runs wait until it has more", flush=True)
     # max_retries counts lost nodes and failed runs alike; a task looks where its run is when it starts
-    remote = ray.remote(num_cpus=1, num_gpus=args.gpus, max_retries=args.retries, retry_exceptions=True)(run_task)
-    waiting, finished, failed, history = {remote.remote(task): task for task in tasks}, 0, 0, []
-    shown = 0.0
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    options = {"num_cpus": 1, "num_gpus": args.gpus, "max_retries": args.retries, "retry_exceptions": [Failed]}
+    remote = ray.remote(**options)(run_task)
+    waiting, finished, failed = {remote.remote(task): task for task in tasks}, 0, 0
+    began, shown = (time.time(), sum(map(steps_done, tasks))), 0.0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         while waiting:
             ready, _ = ray.wait(list(waiting), timeout=5)
@@ -323,17 +352,17 @@ def run_on_ray(tasks: list[Task], args: Args) -> int:
                 try:
                     ray.get(reference)
                     finished += 1
-                except Exception as error:  # RunFailed, or Ray's own
+                except Exception as error:  # Failed, UsageError, or Ray's own
                     failed += 1
                     reason = str(getattr(error, "cause", None) or error).splitlines()[-1]
                     print(f"{task.name} failed: {reason}", flush=True)
             if time.time() - shown > 30 or not waiting:
                 shown = time.time()
-                print(progress(tasks, finished, failed, history), flush=True)
-    except KeyboardInterrupt:
+                print(progress(tasks, began, finished, failed), flush=True)
+    except (KeyboardInterrupt, SystemExit):
         print("interrupted: runs write their checkpoints; started again, the sweep goes on from there", flush=True)
         for reference in waiting:
-            ray.cancel(reference)  # KeyboardInterrupt in run_command
+            ray.cancel(reference)  # KeyboardInterrupt in run_task
         ray.wait(list(waiting), num_returns=len(waiting), timeout=60)
         raise
     finally:
@@ -342,58 +371,90 @@ def run_on_ray(tasks: list[Task], args: Args) -> int:
 
 
 def write_slurm(tasks: list[Task], args: Args) -> Path:
-    """An array script with one task a run."""
+    """An array script with one task a run. What the user named stands where the shell reads it, not Slurm."""
     out = Path(args.out)
-    words = ["--env-ids", *args.env_ids, "--patterns", *args.patterns, "--seeds", *args.seeds]
-    words += ["--total-timesteps", str(args.total_timesteps), "--out", str(out.resolve())]
+    words = ["--env-ids", *args.env_ids, "--patterns", *args.patterns, "--variants", *args.variants]
+    words += ["--seeds", *args.seeds, "--total-timesteps", str(args.total_timesteps), f"--out={out.resolve()}"]
     words += [f"--flags={args.flags}", f"--sparse-flags={args.sparse_flags}"]
     script = f"""#!/usr/bin/env bash
 # Each task starts a run, or resumes it; add what your cluster wants (--partition, --account, --time).
-#SBATCH --job-name={out.name}
+#SBATCH --job-name=rnm-td3-sweep
 #SBATCH --array=0-{len(tasks) - 1}
 #SBATCH --cpus-per-task=1
 #SBATCH --mem=2G
 #SBATCH --requeue
-#SBATCH --output={out.resolve()}/slurm-%a.log
-cd {shlex.quote(str(Path.cwd()))}
-exec {shlex.join([sys.executable, str(HERE / "sweep.py"), *words])} --task "$SLURM_ARRAY_TASK_ID"
+#SBATCH --output=/dev/null
+cd {shlex.quote(str(Path.cwd()))} || exit 1
+exec {shlex.join([sys.executable, str(HERE / "sweep.py"), *words])} --task "$SLURM_ARRAY_TASK_ID" \\
+  >> {shlex.quote(str(out.resolve()))}/slurm-"$SLURM_ARRAY_TASK_ID".log 2>&1
 """
-    out.mkdir(parents=True, exist_ok=True)
     (out / "slurm.sh").write_text(script)
     return out / "slurm.sh"
 
 
 # ---------------------------------------------------------------- report
 
+PLAN = pydantic.TypeAdapter(dict[str, tuple[str, str, int, int, list[str]] | tuple[str, str, int, int, list[str], str]])
+NEVER = 1e9  # hours
 
-def read_plan(out: Path) -> dict[str, list]:
-    """All runs that were ever asked for in this folder: name to environment, pattern, seed, steps and flags."""
+
+def read_plan(out: Path) -> dict[str, Task]:
+    """All runs that were ever asked for in this folder, by name. Raises UsageError."""
+    path = out / "sweep.json"
     try:
-        return json.loads((out / "sweep.json").read_text())
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise UsageError(f"{out / 'sweep.json'} is damaged ({error}); delete it and start the sweep again") from error
+        plan = PLAN.validate_json(path.read_bytes(), strict=True) if path.exists() else {}
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} is damaged ({error}); delete it and start the sweep again: no run is lost") from error
+    return {name: Task(*entry, out=out) for name, entry in plan.items()}
 
 
-def read_results(out: Path) -> tuple[dict, list[str]]:
-    """(environment, pattern) to a list of (seed, steps, means, speed) of its ended runs; and what is missing."""
+def read_results(plan: dict[str, Task]) -> tuple[dict[tuple[str, str], list[Run]], list[str]]:
+    """Ended runs by environment and title, in the order of the plan; and what is missing, with the reason."""
     results, missing = defaultdict(list), []
-    for name, (env_id, pattern, seed, total, _) in read_plan(out).items():
-        folder = out / "runs" / name
+    for name, task in plan.items():
         try:
-            steps, means = read_evaluations(folder / "evaluations.csv")
-            if steps[-1] < total:
-                missing.append(f"{name}: at step {steps[-1]:.0f} of {total}")
-                continue
-            results[env_id, pattern].append((seed, steps, means, json.loads((folder / "speed.json").read_text())))
-        except Exception as error:
-            missing.append(f"{name}: {error if isinstance(error, OSError) else repr(error)}")
+            run = sad.read_run(task.results)
+            if not len(run.steps) or run.steps[-1] < task.total_timesteps:
+                raise ValueError(run.notes[0] if run.notes else f"at step {run.steps[-1]} of {task.total_timesteps}")
+            if np.isnan(run.seconds).any():  # up to 24cabbf
+                speed = json.loads((task.results / "speed.json").read_text())
+                run.seconds[-1] = float(speed["seconds"]) * int(run.steps[-1]) / int(speed["step"])
+            results[task.env_id, task.title].append(run)
+        except Exception as error:  # no damage to one run may cost the rest
+            missing.append(f"{name}: {error if type(error) is ValueError else repr(error)}")
     return results, missing
 
 
-def final(runs: list[tuple]) -> np.ndarray:
-    return np.array([means[-LAST:].mean() for _, _, means, _ in runs])
+def dense_of(results: dict, plan: dict[str, Task]) -> dict[tuple[str, str], str]:
+    """The dense runs to compare with: of the same variant, or else with the same flags as far as those have them."""
+    tasks, found = {(task.env_id, task.title): task for task in plan.values()}, {}
+    for env, kind in results:
+        known, kept = False, []
+        for word in tasks[env, kind].flags:
+            known = names_in([word])[0] in flags_of(DENSE) if word.startswith("--") else known
+            kept += [word] * known
+        dense = [task for e, other in results if e == env and (task := tasks[e, other]).pattern == "dense"]
+        dense.sort(key=lambda task: task.variant != tasks[env, kind].variant)
+        for task in dense[::-1]:
+            if task.variant == tasks[env, kind].variant or task.flags == kept:
+                found[env, kind] = task.title
+    return found
+
+
+def timed(runs: list[Run]) -> bool:
+    return not any(np.isnan(run.seconds).any() for run in runs)
+
+
+def return_at(runs: list[Run], seconds: float) -> np.ndarray:
+    """Mean of the last evaluations until then."""
+    return np.array([run.returns[run.seconds <= seconds][-LAST:].mean() for run in runs])
+
+
+def hours_to(runs: list[Run], goal: float) -> np.ndarray:
+    """Until the mean of the last evaluations reached `goal`, or NEVER."""
+    recent = [[run.returns[max(0, i - LAST) : i].mean() for i in range(1, len(run.steps) + 1)] for run in runs]
+    pairs = [zip(run.seconds / 3600, values, strict=True) for run, values in zip(runs, recent, strict=True)]
+    return np.array([next((hours for hours, value in pair if value >= goal), NEVER) for pair in pairs])
 
 
 def ratio(a: np.ndarray, b: np.ndarray, axis: int = -1) -> np.ndarray:
@@ -405,170 +466,224 @@ def improvement(a: np.ndarray, b: np.ndarray, axis: int = -1) -> np.ndarray:
     return scipy.stats.mannwhitneyu(a, b, axis=axis, method="asymptotic").statistic / (a.shape[axis] * b.shape[axis])
 
 
-def across(results: dict, envs: list[str]) -> list[str]:
-    """Table over all environments: returns as ratios to the mean of dense, where that is positive."""
-    usable = [env for env in envs if (env, "dense") in results and final(results[env, "dense"]).min() > 0]
-    if len(usable) < 2:
-        return []
-    lines = [f"## {', '.join(usable)}: ratio to the mean of dense", ""]
-    lines += ["| | runs | mean | interquartile mean |", "|---|---|---|---|"]
-    dense = [final(results[env, "dense"]) for env in usable]
-    for pattern in dict.fromkeys(pattern for _, pattern in results):
-        if all((env, pattern) in results for env in usable):
-            found = estimate([final(results[env, pattern]) for env in usable], 1, dense)
-            cells = [with_interval(found[name], found[f"{name}_interval"], ".2f") for name in ("mean", "iqm")]
-            lines.append(f"| {pattern} | {found['runs']} | {cells[0]} | {cells[1]} |")
-    left_out = [env for env in envs if env not in usable]
-    lines += ["", "Intervals are resampled within each environment (stratified), dense too."]
-    return [*lines, *[f"Left out, without dense runs of positive return: {', '.join(left_out)}."] * bool(left_out), ""]
+def weights(config: dict) -> dict[str, float]:
+    """Active weights of all six networks in per cent; parameters of the actor that are active, biases too, and bytes:
+    4 for each, and 1 for the place of an N:M weight in its group. Empty where an older version noted no sizes."""
+    if "obs_dim" not in config:
+        return {}
+    n, m, dense = config.get("n", 1), config.get("m", 1), config.get("dense_layers", "none")
+    obs, action, networks = config["obs_dim"], config["action_dim"], []
+    for inputs, outputs in ((obs, action), (obs + action, 1)):
+        sizes = np.array([*pairwise([inputs, *config["hidden_sizes"], outputs])])
+        active = sizes[:, 1] * (sizes[:, 0] // m * n + np.minimum(n, sizes[:, 0] % m))
+        thin = [0] * ("first" in dense) + [-1] * ("last" in dense)
+        indices = 0 if n == m else active.sum() - active[thin].sum()
+        active[thin] = sizes[thin].prod(1)
+        networks.append((active.sum(), sizes.prod(1).sum(), sizes[:, 1].sum(), indices))
+    (actor, whole, biases, indices), (critic, whole_critic, *_) = networks
+    share = 100 * (actor + 2 * critic) / (whole + 2 * whole_critic)
+    return {"active": share, "parameters": actor + biases, "bytes": 4 * (actor + biases) + indices}
+
+
+def figures(runs: list[Run], dense: list[Run] | None, best: list[Run] | None, clock: float | None) -> dict[str, tuple]:
+    """Name to value and interval. dense: what to compare with; best: the best dense runs; clock: seconds."""
+    found = {"seeds": (len(runs), None)} | {name: (value, None) for name, value in weights(runs[0].config).items()}
+
+    def add(name: str, statistic: Callable, *samples: np.ndarray) -> None:
+        found[name] = float(statistic(*samples)), bootstrap(list(samples), statistic, 1)
+
+    add("mean", mean, values := final(runs))
+    add("iqm", iqm, values)
+    found["std"] = values.std(ddof=min(1, len(values) - 1)), None
+    others, positive = (dense if dense is not runs else None), dense and final(dense).min() > 0
+    for name, other in (("ratio", others), ("ratio_to_best", best if best is not runs else None)):
+        if other and final(other).min() > 0:  # a ratio to what may be zero or less means nothing
+            add(name, ratio, values, final(other))
+    if others:
+        add("better", improvement, values, final(others))
+    found["steps_per_second"] = np.mean([run.steps[-1] / run.seconds[-1] for run in runs]), None
+    found["hours"] = np.mean([run.seconds[-1] for run in runs]) / 3600, None
+    if clock and timed(runs):
+        add("early", mean, early := return_at(runs, clock))
+        if others and timed(others) and (theirs := return_at(others, clock)).min() > 0:
+            add("early_ratio", ratio, early, theirs)
+        for share in (50, 90, 100) if positive else ():
+            hours = hours_to(runs, share / 100 * final(dense).mean())
+            add(f"hours_to_{share}", np.median, hours)
+            found[f"reached_{share}"] = int((hours < NEVER).sum()), None
+    return found
+
+
+def cell(found: dict[str, tuple], name: str, form: str) -> str:
+    """Empty where there is no such figure."""
+    if name == "mean":
+        return f"{found[name][0]:.4g} +- " + (f"{found['std'][0]:.3g}" if found["seeds"][0] > 1 else "-")
+    text = re.sub(r"\d{7,}\.\d+", "never", with_interval(*found[name], form)) if name in found else ""
+    reached = found.get(name.replace("hours_to", "reached")) if "hours_to" in name else None
+    return f"{text}, {reached[0]} of {found['seeds'][0]}" if reached else text
 
 
 HEAD = f"""\
 Final return: mean of the last {LAST} evaluations of a run. Brackets and bars: 95 % bootstrap intervals over seeds; with
 two or three seeds they mean little, since they cannot reach beyond the runs that there are, and the interquartile mean
-of fewer than four is the mean. Steps/s and hours are means over runs, evaluations included."""
+of fewer than four is the mean. Steps/s and hours are means over runs, evaluations left out (of runs that noted no time
+with their evaluations: included).
+"""
+HOUR = f"""\
+What an hour buys. Return by then: mean of the last {LAST} evaluations until the fastest kind of run ended. Hours to a
+share of the final return of dense: median of the times at which that mean first was there; `2 of 3`: so many seeds
+ever were, the others count as later than any. Active weights: of all six networks, dense layers with them, biases not.
+Bytes of the actor: 4 for a weight or a bias, 1 more for the place of an N:M weight in its group.
+"""
+FIRST = [("seeds", "seeds", ".0f"), ("mean", "mean +- std", ""), ("iqm", "interquartile mean", ".4g")]
+FIRST += [("ratio", "ratio to dense", ".2f"), ("ratio_to_best", "ratio to the best dense", ".2f")]
+FIRST += [("better", "P(better than dense)", ".2f"), ("steps_per_second", "steps/s", ".0f"), ("hours", "hours", ".2f")]
+SECOND = [("seeds", "seeds", ".0f"), ("active", "active weights, %", ".1f"), ("parameters", "actor: parameters", ".0f")]
+SECOND += [
+    ("bytes", "bytes", ".0f"),
+    ("early", "return by {:.2f} h", ".4g"),
+    ("early_ratio", "to dense by then", ".2f"),
+]
+SECOND += [(f"hours_to_{share}", f"hours to {share} %", ".2f") for share in (50, 90, 100)]
+
+
+def table(columns: list[tuple[str, str, str]], rows: dict[str, dict], clock: float | None) -> str:
+    """Of the columns for which there is anything."""
+    there = [column for column in columns if any(column[0] in found for found in rows.values())]
+    cells = [[kind, *[cell(found, name, form) for name, _, form in there]] for kind, found in rows.items()]
+    return sad.markdown(["", *[heading.format((clock or 0) / 3600) for _, heading, _ in there]], cells)
 
 
 def report(out: Path) -> str:
-    """Write report.md and its figures; returns its text. Raises UsageError."""
-    results, missing = read_results(out)
+    """Write report.md, summary.csv and figures; returns the text. Raises UsageError, Failed."""
+    plan = read_plan(out)
+    results, missing = read_results(plan)
     if not results:
-        raise UsageError(f"--report {out}: no finished runs there" + (f" ({missing[0]}, ...)" if missing else ""))
-    lines = [f"# {out.name}", "", HEAD, ""]
+        kind, reason = (Failed, f" ({missing[0]}, ...)") if missing else (UsageError, "")
+        raise kind(f"--report {out}: no finished runs there{reason}")
+    parts, rows, references = [f"# {out.name}\n", HEAD], [], dense_of(results, plan)
     envs = list(dict.fromkeys(env for env, _ in results))
-    header = "| | seeds | mean +- std | interquartile mean | ratio to dense | P(better than dense) | steps/s | hours |"
+    dense = {env: [kind for e, kind in results if e == env and kind.startswith("dense")] for env in envs}
+    best = {env: max(kinds, key=lambda kind: final(results[env, kind]).mean()) for env, kinds in dense.items() if kinds}
     for env in envs:
-        lines += [f"## {env}", "", header, "|---|---|---|---|---|---|---|---|"]
-        dense = final(results[env, "dense"]) if (env, "dense") in results else None
-        for pattern in [pattern for e, pattern in results if e == env]:
-            runs, values = results[env, pattern], final(results[env, pattern])
-            std = f"{values.std(ddof=1):.3g}" if len(values) > 1 else "-"
-            cells = [pattern, f"{len(values)}", f"{values.mean():.4g} +- {std}"]
-            cells.append(with_interval(iqm(values), bootstrap([values], iqm, 1), ".4g"))
-            if dense is not None and pattern != "dense":
-                positive = dense.min() > 0  # a ratio to what may be zero or less means nothing
-                ratios = (ratio(values, dense), bootstrap([values, dense], ratio, 1)) if positive else ()
-                cells.append(with_interval(*ratios, ".2f") if positive else "-")
-                better = improvement(values, dense), bootstrap([values, dense], improvement, 1)
-                cells.append(with_interval(*better, ".2f"))
-            else:
-                cells += ["", ""]
-            speeds = [speed["step"] / speed["seconds"] for *_, speed in runs if speed["seconds"]]
-            cells += [f"{np.mean(speeds):.0f}" if speeds else "-"]
-            cells += [f"{np.mean([speed['seconds'] for *_, speed in runs]) / 3600:.2f}"]
-            lines.append("| " + " | ".join(cells) + " |")
-        lines.append("")
-    lines += across(results, envs)
-    lines += ["![learning curves](curves.png)", "", "![final returns](returns.png)", ""]
-    lines += ["Missing: " + ("none." if not missing else ""), *[f"- {line}" for line in missing], ""]
+        mine, found = {kind: runs for (e, kind), runs in results.items() if e == env}, {}
+        clock = min((np.mean([run.seconds[-1] for run in runs]) for runs in mine.values() if timed(runs)), default=None)
+        for kind, runs in mine.items():
+            others = references.get((env, kind)), best[env] if len(dense[env]) > 1 else None
+            found[kind] = figures(runs, *[mine.get(other) for other in others], clock)
+            for name, (value, bounds) in found[kind].items():
+                three = [value, *(bounds or (np.nan, np.nan))]
+                numbers = ["" if np.isnan(x) else f"{x:.6g}" if x < NEVER / 2 else "never" for x in three]
+                rows.append([env, kind, name, *numbers])
+        parts += [f"## {env}\n", table(FIRST, found, clock)]
+        if any(name in row for row in found.values() for name, *_ in SECOND[1:]):
+            parts += [HOUR, table(SECOND, found, clock)]
+    other = {key: best[key[0]] for key in results if key[0] in best}
+    for word, kinds in (
+        (("dense", references), ("the best dense", other)) if other != references else [("dense", references)]
+    ):
+        usable, estimates = sad.across(
+            results, {(env, kind): results[env, dense] for (env, kind), dense in kinds.items()}, 1
+        )
+        if estimates:
+            parts += [f"## {', '.join(usable)}: ratio to the mean of {word}\n", sad.returns_table(estimates, ".2f")]
+            parts += ["Intervals are resampled within each environment (stratified), dense too."]
+            left_out = ", ".join(env for env in envs if env not in usable)
+            parts += [f"Left out, without dense runs of positive return: {left_out}.\n" if left_out else ""]
+    parts += ["![learning curves](curves.png)\n\n![final returns](returns.png)\n"]
+    parts += ["Missing: " + ("none." if not missing else ""), *[f"- {line}" for line in missing], ""]
     plot_curves(results, envs, out / "curves.png")
-    plot_returns(results, envs, out / "returns.png")
-    (out / "report.md").write_text("\n".join(lines))
-    return "\n".join(lines)
-
-
-def looks(results: dict) -> dict[str, dict]:
-    patterns = sorted({pattern for _, pattern in results}, key=lambda x: (x != "dense", -active_share(x), x))
-    return {pattern: look_of(i) for i, pattern in enumerate(patterns)}
-
-
-def active_share(pattern: str) -> float:
-    n, m = (1, 1) if pattern == "dense" else map(int, pattern.split(":"))
-    return n / m
+    sad.plot_returns(results, out / "returns.png")
+    sad.write_csv(out / "summary.csv", ["env_id", "kind", "figure", "value", "low", "high"], rows)
+    (out / "report.md").write_text("\n".join(parts))
+    return "\n".join(parts)
 
 
 def plot_curves(results: dict, envs: list[str], path: Path) -> None:
-    figure, axes = plt.subplots(1, len(envs), figsize=(6 * len(envs), 4.2), squeeze=False)
-    for axis, env in zip(axes[0], envs, strict=True):
-        for pattern, look in looks(results).items():
-            runs = results.get((env, pattern), [])
-            if not runs:
-                continue
-            steps, average = mean_curve([(steps, means) for _, steps, means, _ in runs])
-            label = f"{pattern} ({len(runs)} seed{'s' * (len(runs) > 1)})"
-            axis.plot(steps / 1e3, average, **look, markevery=max(1, len(steps) // 8), ms=4, lw=2, label=label)
-            for _, steps, means, _ in runs:
-                axis.plot(steps / 1e3, means, color=look["color"], ls=look["linestyle"], lw=0.6, alpha=0.5)
-        axis.set(xlabel="environment steps (thousands)", ylabel="evaluation return (thick: mean)", title=env)
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
-    save(figure, path)
-
-
-def plot_returns(results: dict, envs: list[str], path: Path) -> None:
-    figure, axes = plt.subplots(1, len(envs), figsize=(4.5 * len(envs), 4), squeeze=False)
-    for axis, env in zip(axes[0], envs, strict=True):
-        patterns = [pattern for pattern in looks(results) if (env, pattern) in results]
-        for x, pattern in enumerate(patterns):
-            look, values = {**looks(results)[pattern], "linestyle": ""}, final(results[env, pattern])
-            low, high = bootstrap([values], mean, 1) or (values.mean(), values.mean())
-            axis.plot([x - 0.12] * len(values), values, **look, ms=4, mfc="none")
-            axis.errorbar(
-                x + 0.12, values.mean(), [[values.mean() - low], [high - values.mean()]], **look, ms=8, capsize=4
-            )
-        axis.set_xticks(range(len(patterns)), [f"{p}\n{len(results[env, p])} seeds" for p in patterns])
-        axis.set(ylabel=f"return, last {LAST} evaluations (filled: mean)", title=env, xlim=(-0.6, len(patterns) - 0.4))
-        axis.grid(alpha=0.3)
-    save(figure, path)
+    """Over steps, and over hours where runs noted them."""
+    clocks = any(map(timed, results.values()))
+    figure, axes = sad.panels(1 + clocks, len(envs), 6, 4.2, sharey="row")
+    for (env, kind), runs in results.items():
+        left, *right = axes[:, envs.index(env)]
+        look, curves = sad.looks(results)[kind], [(run.steps / 1e3, run.returns) for run in runs]
+        sad.draw_curves(left, curves, sad.mean_curve(curves), look, kind, len(runs))
+        if timed(runs):
+            curves = [(run.seconds / 3600, run.returns) for run in runs]
+            hours = np.linspace(max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves), 200)
+            average = hours, np.mean([np.interp(hours, x, y) for x, y in curves], axis=0)
+            sad.draw_curves(right[0], curves, average, look, kind, len(runs))
+    for env, row in zip(envs, axes.T, strict=True):
+        for axis, label in zip(row, ("environment steps (thousands)", "hours of training"), strict=False):
+            sad.dress(axis, xlabel=label, ylabel="evaluation return (thick: mean)", title=env)
+    sad.save(figure, path)
 
 
 # ---------------------------------------------------------------- the whole
 
 
+def plan_sweep(tasks: list[Task], out: Path) -> None:
+    """Add the runs to `sweep.json` and `commands.txt`. Raises UsageError."""
+    plan = read_plan(out)
+    for task in tasks:
+        if (before := plan.get(task.name, task)).flags != task.flags:
+            flags = shlex.join(before.flags) or "none"
+            raise UsageError(
+                f"--out {out}: {task.name} was started with other flags ({flags}); give those, or a new --out"
+            )
+    entries = {name: astuple(task)[:6] for name, task in (plan | {task.name: task for task in tasks}).items()}
+    (out / "sweep.incomplete").write_text(json.dumps(entries, indent=1))
+    os.replace(out / "sweep.incomplete", out / "sweep.json")
+    lines = (out / "commands.txt").read_text(errors="replace").splitlines() if (out / "commands.txt").exists() else []
+    lines += [shlex.join(["python", task.script.name, *task.fresh_command()[2:]]) for task in tasks]
+    (out / "commands.txt").write_text("\n".join(dict.fromkeys(lines)) + "\n")
+
+
 def sweep(args: Args) -> int:
-    """Returns the exit code. Raises UsageError."""
+    """Returns the exit code. Raises UsageError, Failed."""
     if args.report is not None:
         print(report(Path(args.report)))
         return 0
-    tasks = tasks_of(args)
+    tasks, out = tasks_of(args), Path(args.out)
     if args.task is not None:
         if not 0 <= args.task < len(tasks):
             raise UsageError(f"--task {args.task}: give a number from 0 to {len(tasks) - 1}")
         run_task(tasks[args.task])
         return 0
-    if args.dry_run:
-        for task in tasks:
-            print(shlex.join(task.command() or ["#", task.name, "is finished"]))
-        return 0
     if args.list:
         for task in tasks:
             print(f"{task.name:50} {state_of(task)}")
         return 0
-    out = Path(args.out)
+    if args.dry_run:
+        for task in tasks:
+            try:
+                print(shlex.join(task.command() or ["#", task.name, "is finished"]))
+            except UsageError as error:
+                print("#", error)
+        return 0
     try:
         out.mkdir(parents=True, exist_ok=True)
-        plan, asked = read_plan(out), {}
-        for task in tasks:
-            asked[task.name] = [task.env_id, task.pattern, task.seed, task.total_timesteps, list(task.flags)]
-            before = plan.get(task.name, asked[task.name])
-            if before[4] != asked[task.name][4]:
-                flags = shlex.join(before[4]) or "none"
-                raise UsageError(
-                    f"--out {out}: {task.name} was started with other flags ({flags}); give those, or a new --out"
-                )
-        (out / "sweep.incomplete").write_text(json.dumps(plan | asked, indent=1))
-        os.replace(out / "sweep.incomplete", out / "sweep.json")
-        lines = (out / "commands.txt").read_text().splitlines() if (out / "commands.txt").exists() else []
-        lines += [shlex.join(["python", Path(task.script).name, *task.fresh_command()[2:]]) for task in tasks]
-        (out / "commands.txt").write_text("\n".join(dict.fromkeys(lines)) + "\n")
+        with FileLock(out / "sweep.lock", timeout=0):
+            plan_sweep(tasks, out)
+            if args.slurm:
+                print(shlex.join(["sbatch", str(write_slurm(tasks, args))]))
+                return 0
+            print(f"{len(tasks)} runs; each can be repeated by its line in {out / 'commands.txt'}", flush=True)
+            began = time.time()
+            failed = run_on_ray(tasks, args)
+    except Timeout as error:
+        raise UsageError(f"--out {out}: another sweep is at work there; wait for it, or give another --out") from error
     except OSError as error:
         raise UsageError(f"--out {out}: cannot be written: {error.strerror}") from error
-    if args.slurm:
-        print(f"sbatch {write_slurm(tasks, args)}")
-        return 0
-    print(f"{len(tasks)} runs; each can be repeated by its line in {out / 'commands.txt'}", flush=True)
-    began = time.time()
-    failed = run_on_ray(tasks, args)
-    print(f"{(time.time() - began) / 3600:.2f} h; python sweep.py --report {out}")
+    print(f"{(time.time() - began) / 3600:.2f} h; python sweep.py --report {shlex.quote(str(out))}")
     return 1 if failed else 0
 
 
 def main() -> int:
-    """Exit code: 0 done, 1 a run failed, 2 bad input, 130 interrupted: start it again and it goes on."""
+    """Exit code: 0 done, 1 a run failed, 2 bad input, 130 or 143 interrupted: started again, it goes on."""
     args = tyro.cli(Args, description=__doc__)
     try:
         return sweep(args)
-    except (UsageError, RunFailed, OSError) as error:  # OSError: a disk that is full, say
+    except (UsageError, Failed, OSError) as error:  # OSError: a disk that is full, say
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:

@@ -481,7 +481,8 @@ class Run:
         self.args, self.agent, self.buffer, self.env, self.device = args, agent, buffer, env, device
         versions = {name: importlib.metadata.version(name) for name in ("torch", "gymnasium", "mujoco", "numpy")}
         machine = {"device": str(device), "cpu": torch.backends.cpu.get_cpu_capability(), "versions": versions}
-        self.config = {**vars(args), **machine, "num_threads": torch.get_num_threads()}
+        machine |= {"num_threads": torch.get_num_threads(), "obs_dim": buffer.widths[0], "action_dim": buffer.widths[1]}
+        self.config = {**vars(args), **machine}
         self.eval_env = make_env(args.env_id)
         self.folder, lock = claim_run_folder(args)
         self.writer, self.profile, self.pool = None, cProfile.Profile(), ThreadPoolExecutor(1)
@@ -682,8 +683,9 @@ class Run:
     def load(self, state: dict) -> None:
         """Raises UsageError for a flag that would change the result, one of several errors for what does not fit."""
         agent, step, total, config = self.agent, int(state["step"]), self.args.total_timesteps, state["config"]
-        for name in sorted(name for name in self.config.keys() - HARMLESS if self.config[name] != config.get(name)):
-            difference = f"{name} is {self.config[name]}, {config.get(name)} in the run to resume"
+        common = config.keys() & self.config.keys() - HARMLESS  # a flag that is new since then has its default
+        for name in sorted(name for name in common if self.config[name] != config[name]):
+            difference = f"{name} is {self.config[name]}, {config[name]} in the run to resume"
             if name in Args.__dataclass_fields__:
                 raise UsageError(f"--resume: {difference}, whose result it would change; drop it, or start a new run")
             print(f"note: {difference}; the last bits of the results may differ", file=sys.stderr)

@@ -126,6 +126,29 @@ def test_sparsify_and_density(dense_layers, sparse):
     assert density(network) == nonzero / sum(weight.numel() for weight in weights)
 
 
+@pytest.mark.parametrize("n, m", [(2, 4), (1, 4), (1, 8), (3, 7)])
+def test_the_start_keeps_the_variance_of_the_outputs(n, m):
+    torch.manual_seed(0)
+    linear, x = nn.Linear(400, 300, bias=False), torch.randn(1000, 400, dtype=torch.float64)
+    weight = linear.weight.detach().double()
+    network = sparsify(nn.Sequential(linear), n, m, init="variance")
+    mask = nm_mask(weight, n, m)
+    factor = (weight.square().sum() / (weight * mask).square().sum()).sqrt()
+    assert torch.allclose(network[0].master.double(), weight * factor, rtol=1e-6, atol=0)  # inactive entries as well
+    assert torch.equal(network[0].mask(), mask)  # what is active stays so
+    outputs = [(x @ w.double().T).var() for w in (network[0].sparse_weight().detach(), weight, weight * mask)]
+    assert outputs[0] / outputs[1] == pytest.approx(1, abs=0.02) and outputs[2] / outputs[1] < 0.9
+
+
+def test_the_start_changes_nothing_where_all_or_nothing_is_active():
+    layers = nn.Sequential(nn.Linear(30, 20), nn.Linear(20, 10))
+    nn.init.zeros_(layers[1].weight)
+    before = [layer.weight.detach().clone() for layer in layers]
+    network = sparsify(nn.Sequential(layers[0]), 4, 4, init="variance")
+    assert torch.equal(network[0].master, before[0])
+    assert torch.equal(sparsify(nn.Sequential(layers[1]), 1, 4, init="variance")[0].master, before[1])
+
+
 def test_wrong_pattern_is_refused():
     with pytest.raises(ValueError, match="5:4"):
         NMLinear(8, 8, n=5, m=4)

@@ -38,9 +38,8 @@ def logs_of(folder):
     for name in ("episodes.csv", "evaluations.csv"):
         rows = list(csv.DictReader((folder / name).read_text().splitlines()))
         files[name] = [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
-    for path in sorted((folder / "masks").glob("*")):
-        with np.load(path) as file:
-            files |= {f"{path.name}.{key}": torch.from_numpy(file[key]) for key in ("step", "update", "shapes", "bits")}
+    for path in folder.glob("masks.bin"):
+        files["masks"] = torch.from_numpy(np.fromfile(path, np.uint8))
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
     for tag in events.Tags()["scalars"]:
         files[tag] = [event.step if tag == "charts/SPS" else (event.step, event.value) for event in events.Scalars(tag)]

@@ -5,9 +5,11 @@ import json
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import time
+import zlib
 from itertools import pairwise
 from pathlib import Path
 
@@ -29,16 +31,24 @@ SMALL |= {"eval_episodes": 1, "hidden_sizes": (16, 16), "learning_rate": 3e-2, "
 NETWORKS = ["actor", "qf1", "qf2", "actor_target", "qf1_target", "qf2_target"]
 
 
-def write_history(folder, masks, interval):
-    """`masks`: bool [T, rows, columns] of each layer by name."""
-    folder.mkdir(parents=True)
-    previous = np.uint8(0)
-    for t in range(len(next(iter(masks.values())))):
-        bits = np.concatenate([np.packbits(mask[t]) for mask in masks.values()])
-        shapes = [mask.shape[1:] for mask in masks.values()]
-        contents = {"step": 100 + t * interval, "update": t * interval, "layers": list(masks), "shapes": shapes}
-        np.savez_compressed(folder / f"{t * interval:09d}.npz", **contents, bits=bits ^ previous)
-        previous = bits
+def write_history(folder, masks, interval, old=False):
+    """`masks`: bool [T, rows, columns] of each layer by name; as files of packed bits if `old`."""
+    (folder / "masks" if old else folder).mkdir(parents=True)
+    shapes, previous, before = [mask.shape[1:] for mask in masks.values()], np.uint8(0), 0
+    with open(folder / "masks.bin", "wb") as file:
+        file.write(json.dumps({"layers": list(masks), "shapes": shapes}).encode() + b"\n")
+        for t in range(len(next(iter(masks.values())))):
+            step, update, now = 100 + t * interval, t * interval, [mask[t] for mask in masks.values()]
+            flat = np.concatenate([mask.ravel() for mask in now])
+            data = zlib.compress(np.diff(np.flatnonzero(flat ^ before), prepend=0).astype("<u4"))
+            file.write(struct.pack("<3Q", step, update, len(data)) + data)
+            bits = np.concatenate([np.packbits(mask) for mask in now])
+            if old:
+                contents = {"step": step, "update": update, "layers": list(masks), "shapes": shapes}
+                np.savez_compressed(folder / "masks" / f"{update:09d}.npz", **contents, bits=bits ^ previous)
+            previous, before = bits, flat
+    if old:
+        (folder / "masks.bin").unlink()
 
 
 def random_masks(t, shape, changes, seed):
@@ -50,18 +60,19 @@ def random_masks(t, shape, changes, seed):
     return np.stack(masks)
 
 
-def analyse(masks, interval=10, matrix_size=5):
+def analyse(masks, interval=10, matrix_size=5, old=False):
     notes = []
-    write_history(Path("masks"), masks, interval)
-    history = sad.analyse_masks(Path("masks"), interval, matrix_size, notes)
+    write_history(Path("run"), masks, interval, old)
+    rows = sad.read_masks(Path("run"), interval, notes)
     assert not notes
-    return history
+    return sad.analyse_masks(*rows, matrix_size)
 
 
-def test_every_figure_matches_brute_force_on_unpacked_masks():
+@pytest.mark.parametrize("old", [False, True])
+def test_every_figure_matches_brute_force_on_unpacked_masks(old):
     shapes = {"actor.net.0": (5, 7), "qf1.net.2": (3, 3), "actor_target.net.0": (5, 7), "qf1_target.net.2": (3, 3)}
     masks = {name: random_masks(23, shape, 0.1, i) for i, (name, shape) in enumerate(shapes.items())}
-    history = analyse(masks)
+    history = analyse(masks, old=old)
     assert history.layers == list(shapes) and history.entries.tolist() == [35, 9, 35, 9]
     assert history.steps.tolist() == [100 + 10 * t for t in range(23)] and history.updates[-1] == 220
     assert history.kept.tolist() == [0, 6, 11, 16, 22]
@@ -143,7 +154,7 @@ def history_with(sad_per_projection):
     for t, change in enumerate(changes):
         masks[t + 1] = masks[t]
         masks[t + 1, 0, :change] ^= True
-    shutil.rmtree("masks", ignore_errors=True)
+    shutil.rmtree("run", ignore_errors=True)
     return analyse({"actor.net.0": masks})
 
 
@@ -157,36 +168,46 @@ def test_stability_looks_at_the_last_half_in_equal_parts():
 
 def run_of(env, k, seed, value, spread=None):
     config = {"env_id": env, "seed": seed, "total_timesteps": 100, "n": 2, "m": 4, "mask_update_interval": k}
-    run = sad.Run(Path(f"{env}-{k}-{seed}"), config, np.arange(10, 110, 10), np.full(10, float(value)))
+    numbers = np.arange(10, 110, 10), np.full(10, float(value)), np.arange(10.0)
+    run = sad.Run(Path(f"{env}-{k}-{seed}"), config, *numbers)
     if spread is not None:
         run.history, run.stability = object(), {"spread": spread}
     return run
 
 
-def test_groups_are_compared_with_scipy_statistics():
+def grouped(runs):
+    groups = {}
+    for run in runs:
+        groups.setdefault((run.config["env_id"], sad.label(run.group)), []).append(run)
+    return groups
+
+
+def test_estimates_are_those_of_resampling_by_hand():
+    found = sad.estimate([np.array([1.0, 2, 3, 10])], seed=1)
+    assert found["runs"] == 4 and found["mean"] == 4 and found["iqm"] == 2.5
+    resamples = np.random.default_rng(0).choice([1, 2, 3, 10], (20_000, 4)).mean(1)
+    assert found["mean_interval"] == pytest.approx(np.quantile(resamples, [0.025, 0.975]), abs=0.3)
+    assert sad.estimate([np.array([3.0])], seed=1)["mean_interval"] is None
+
+
+def test_environments_are_compared_by_ratios_to_dense():
     values = {("A", 1): [1, 2, 3, 10], ("A", 100): [4, 5, 6, 7], ("B", 1): [100, 300], ("B", 100): [200, 600]}
     runs = [run_of(env, k, seed, v) for (env, k), many in values.items() for seed, v in enumerate(many)]
-    groups, across = sad.compare_groups(runs, seed=1)
-    found = groups["A", "2:4", 1, ""]
-    assert found["runs"] == 4 and found["mean"] == 4 and found["iqm"] == 2.5
-    low, high = found["mean_interval"]
-    resamples = np.random.default_rng(0).choice([1, 2, 3, 10], (20_000, 4)).mean(1)
-    assert [low, high] == pytest.approx(np.quantile(resamples, [0.025, 0.975]), abs=0.3)
-    assert groups["B", "2:4", 100, ""]["mean_interval"] == [200, 600]
-    assert across == {}  # nothing to compare environments by
+    assert sad.across(grouped(runs), {}, seed=1) == ([], {})  # nothing to compare environments by
     for env, many in {"A": [2, 4], "B": [100, 100]}.items():
         for seed, value in enumerate(many):
             runs.append(run_of(env, 1, seed, value))
             for name in ("n", "m", "mask_update_interval"):
                 del runs[-1].config[name]
-    _, across = sad.compare_groups(runs, seed=1)
-    assert across["2:4", 100, ""]["mean"] == pytest.approx(np.mean([4 / 3, 5 / 3, 6 / 3, 7 / 3, 2, 6]))
-    assert across["2:4", 1, ""]["runs"] == 6 and across["dense", -1, ""]["mean"] == 1
-    assert across["dense", -1, ""]["mean_interval"] == [0.75, 1.5]  # A: [2, 4] over means of [2, 4]; B: 1
+    groups = grouped(runs)
+    dense = {key: groups[key[0], "dense"] for key in groups}
+    envs, across = sad.across(groups, dense, seed=1)
+    assert envs == ["A", "B"]
+    assert across["2:4, K = 100"]["mean"] == pytest.approx(np.mean([4 / 3, 5 / 3, 6 / 3, 7 / 3, 2, 6]))
+    assert across["2:4, K = 1"]["runs"] == 6 and across["dense"]["mean"] == 1
+    assert across["dense"]["mean_interval"] == [0.75, 1.5]  # A: [2, 4] over means of [2, 4]; B: 1
     runs[-1].returns -= 1000
-    assert sad.compare_groups(runs, seed=1)[1] == {}  # ratios to what is not positive mean nothing
-    alone, _ = sad.compare_groups(runs[:1], seed=1)
-    assert alone["A", "2:4", 1, ""]["mean_interval"] is None
+    assert sad.across(groups, dense, seed=1) == (["A"], {})  # ratios to what is not positive mean nothing
 
 
 def test_runs_that_differ_in_other_flags_are_no_seeds_of_one_another(capsys):
@@ -258,11 +279,12 @@ def test_real_runs_from_the_files_to_the_pictures(real_runs, capsys):
         assert picture.shape[1] > 1000 and picture[..., :3].std() > 0.05
     rows = list(csv.DictReader(Path("out/sad.csv").read_text().splitlines()))
     run = real_runs[0].name
-    masks, previous = [], 0
-    for path in sorted((real_runs[0] / "masks").iterdir()):
-        with np.load(path) as file:
-            previous = previous ^ file["bits"]
-            masks.append(np.unpackbits(previous))
+    _, shapes, changes = sad.read_masks(real_runs[0], 20, [])
+    masks = [np.zeros(sum(rows * columns for rows, columns in shapes), bool)]
+    for *_, changed in changes:
+        masks.append(masks[-1].copy())
+        masks[-1][changed] ^= True
+    masks = masks[1:]
     total = [row for row in rows if row["run"] == run and row["name"] == "total"]
     assert sum(int(row["sad"]) for row in total) == sum((a != b).sum() for a, b in pairwise(masks)) > 0
     assert [int(row["projections"]) for row in total] == [3, 3, 2, 3, 3] and int(total[-1]["step"]) == 300
@@ -272,60 +294,140 @@ def test_real_runs_from_the_files_to_the_pictures(real_runs, capsys):
     assert {row["name"] for row in rows} >= {*NETWORKS, "total", "qf2_target.net.4"}
 
 
+def records(data):
+    """Where the records of a `masks.bin` begin, and its end."""
+    starts = [data.index(b"\n") + 1]
+    while starts[-1] < len(data):
+        starts.append(starts[-1] + 24 + struct.unpack_from("<3Q", data, starts[-1])[2])
+    return starts
+
+
 def damage(folder, kind):
-    masks = sorted((folder / "masks").iterdir()) if (folder / "masks").exists() else []
-    if kind == "a mask file is missing":
-        masks[4].unlink()
-    elif kind == "a mask file is truncated":
-        masks[4].write_bytes(masks[4].read_bytes()[:50])
-    elif kind == "a mask file is being written":
-        (folder / "masks" / "incomplete").write_bytes(b"half")
-    elif kind == "a copy of a mask file":
-        shutil.copy(masks[4], masks[4].with_name("000000080 (copy).npz"))
-    elif kind == "masks of other shapes":
-        np.savez(masks[4], step=1, update=80, bits=np.zeros(3, np.uint8))
-    elif kind == "one projection":
-        for path in masks[1:]:
-            path.unlink()
+    path, evaluations = folder / "masks.bin", folder / "evaluations.csv"
+    data = path.read_bytes()
+    starts = records(data)
+    lines = evaluations.read_text().splitlines(keepends=True)
+    fourth = slice(starts[4], starts[5])
+    changes = {
+        "a record is missing": data[: fourth.start] + data[fourth.stop :],
+        "a record is cut": data[: fourth.start + 30],
+        "a head is cut": data[: fourth.start + 10],
+        "a byte is wrong": data[: fourth.start + 30]
+        + bytes([data[fourth.start + 30] ^ 255])
+        + data[fourth.start + 31 :],
+        "a size is huge": data[: fourth.start + 16] + b"\xff" * 8 + data[fourth.start + 24 :],
+        "one projection": data[: starts[1]],
+        "no projection": data[: starts[0]],
+        "an empty file": b"",
+        "no line break": b"{" * 999,
+        "a header of something else": b"[1, 2]\n" + data[starts[0] :],
+        "a null header": b"null\n" + data[starts[0] :],
+        "other shapes": data[: starts[0]].replace(b"16", b"3") + data[starts[0] :],
+        "huge shapes": data[: starts[0]].replace(b"16", b"16000000000") + data[starts[0] :],
+        "names that do not fit": data[: starts[0]].replace(b'"actor.net.0", ', b"") + data[starts[0] :],
+    }
+    if kind in changes:
+        path.write_bytes(changes[kind])
+    elif kind == "a folder instead":
+        path.unlink()
+        path.mkdir()
     elif kind == "cut off":
-        lines = (folder / "evaluations.csv").read_text().splitlines(keepends=True)
-        (folder / "evaluations.csv").write_text("".join(lines[:4]) + lines[4][:5])
+        evaluations.write_text("".join(lines[:4]) + lines[4][:5])
     elif kind == "no evaluations":
-        (folder / "evaluations.csv").unlink()
-    elif kind == "no configuration":
-        (folder / "config.json").write_text('{"env_id": ')
+        evaluations.unlink()
+    elif kind.startswith("evaluations: "):
+        evaluations.write_bytes({
+            "empty": b"", "words": b"step,mean,std\nmuch,more,most\n", "NaN": b"step,mean,std\n300,nan,1\n",
+            "infinite": b"step,mean,std\n300,inf,1\n", "other columns": b"a,b\n1,2\n", "bytes": bytes(range(256)),
+            "backwards": b"step,mean,std\n200,1,1\n100,1,1\n", "null bytes": b"step,mean,std\n\0\0\0", "JSON": b"null",
+            "time runs back": b"step,mean,std,seconds\n200,1,1,9\n300,1,1,8\n",
+            "huge": b"step,mean,std\n" + b"9" * 5000 + b",1,1\n",
+        }[kind.removeprefix("evaluations: ")])  # fmt: skip
+    elif kind.startswith("config: "):
+        config = json.loads((folder / "config.json").read_text())
+        text = {
+            "cut": '{"env_id": ', "null": "null", "empty": "", "a list": "[]", "a number": "7", "no object": '"env_id"',
+            "bytes": "\udcff", "deep": "[" * 100_000,
+        }.get(kind.removeprefix("config: "))  # fmt: skip
+        if text is None:
+            name, value = kind.removeprefix("config: ").split("=")
+            text = json.dumps({**config, name: json.loads(value)})
+        (folder / "config.json").write_text(text, errors="surrogateescape")
+
+
+WHOLE = {  # the run is used as far as it goes
+    "a record is missing": "the masks of update 80 cannot be read (there is one for update 100 instead)",
+    "a record is cut": "the masks of update 80 cannot be read (cut off)",
+    "a head is cut": "the masks of update 80 cannot be read",
+    "a byte is wrong": "the masks of update 80 cannot be read",
+    "a size is huge": "the masks of update 80 cannot be read (cut off)",
+    "one projection": "fewer than two projections",
+    "no projection": "fewer than two projections",
+    "an empty file": "the masks cannot be read",
+    "no line break": "the masks cannot be read",
+    "a header of something else": "the masks cannot be read",
+    "a null header": "the masks cannot be read",
+    "a folder instead": "the masks cannot be read",
+    "other shapes": "the masks cannot be read (contents do not fit)",
+    "cut off": "not finished (step 90 of 300): not among the returns",
+    "no evaluations": "evaluations.csv cannot be read",
+}
+BROKEN = [
+    "empty",
+    "words",
+    "NaN",
+    "infinite",
+    "other columns",
+    "bytes",
+    "backwards",
+    "time runs back",
+    "null bytes",
+    "JSON",
+]
+WHOLE |= {f"evaluations: {kind}": "not finished (no evaluation of 300)" for kind in [*BROKEN, "huge"]}
+GONE = ["cut", "null", "empty", "a list", "a number", "no object", "bytes", "deep"]  # the run is left out
+GONE += ["env_id=null", "env_id=7", "seed=null", 'seed="1"', "seed=-1", "seed=true", "total_timesteps=0", "n=0", "m=1"]
+GONE += ["n=null", "mask_update_interval=-1", "mask_update_interval=0.5", "total_timesteps=null"]
 
 
 @pytest.mark.parametrize(
-    "kind, message",
-    {
-        "a mask file is missing": "masks/000000080.npz is missing: masks are used up to there",
-        "a mask file is truncated": "masks/000000080.npz cannot be read",
-        "masks of other shapes": "masks/000000080.npz cannot be read (contents do not fit)",
-        "a mask file is being written": "",
-        "a copy of a mask file": "",
-        "one projection": "fewer than two projections",
-        "cut off": "not finished (step 90 of 300): not among the returns",
-        "no evaluations": "evaluations.csv cannot be read",
-        "no configuration": "is left out: config.json is not that of a run",
-    }.items(),
+    "kind", [*WHOLE, *[f"config: {kind}" for kind in GONE], "huge shapes", "names that do not fit"]
 )
-def test_broken_runs_are_named_and_used_as_far_as_they_go(real_runs, kind, message, capsys):
+def test_broken_runs_are_named_and_used_as_far_as_they_go(real_runs, kind, capsys, monkeypatch):
+    monkeypatch.setattr(sad, "save", lambda figure, path: sad.plt.close(figure))  # pictures have tests of their own
     shutil.copytree(real_runs[0], "runs/a")
     shutil.copytree(real_runs[2], "runs/b")
     damage(Path("runs/a"), kind)
-    summary = sad.analyse(sad.Args(("runs",), out="out"))
-    out, err = capsys.readouterr()
-    assert message in " ".join((out + err).split()) and "b" in summary["runs"]
-    if kind.startswith(("a mask", "masks")):
-        assert summary["runs"]["a"]["projections"] == (14 if "written" in kind or "copy" in kind else 3)
-        if summary["runs"]["a"]["projections"] == 3:
-            assert summary["runs"]["a"]["stability"] == {"spread": None, "slope": None}
-    if kind == "cut off":
-        assert summary["runs"]["a"]["final_return"] is None and summary["runs"]["a"]["projections"] == 14
+    code, errors = main(monkeypatch, capsys, "runs", "--out", "out")
+    summary = json.loads(Path("out/summary.json").read_text())
+    assert code == 0 and "b" in summary["runs"]
+    if kind not in WHOLE:
+        where, reason = errors[-1].split("a is left out: ")
+        assert where.endswith("runs/") and ("config.json is not that of a run" in reason or "config" not in kind)
+        assert "a" not in summary["runs"]
+        assert main(monkeypatch, capsys, "runs/a", "--out", "out") == (1, [errors[-1], "error: no run could be read"])
+        return
+    run = summary["runs"]["a"]
+    assert any(note.startswith(WHOLE[kind]) for note in run["notes"]), run["notes"]
+    if "of update 80" in WHOLE[kind]:
+        assert run["projections"] == 3 and run["stability"] == {"spread": None, "slope": None}
+    assert (run["final_return"] is None) == ("evaluation" in kind or kind == "cut off")
+
+
+def test_masks_of_older_versions_are_named_in_the_same_way():
+    notes, masks = [], {"actor.net.0": random_masks(9, (5, 7), 0.1, 0)}
+    write_history(Path("run"), masks, 20, old=True)
+    files = sorted(Path("run/masks").iterdir())
+    shutil.copy(files[4], files[4].with_name("000000080 (copy).npz"))
+    Path("run/masks/incomplete").write_bytes(b"half")
+    assert len(sad.read_masks(Path("run"), 20, notes)[2]) == 9 and not notes
+    for what in (lambda: files[4].write_bytes(files[4].read_bytes()[:50]), files[4].unlink):
+        what()
+        assert len(sad.read_masks(Path("run"), 20, notes)[2]) == 4 and "of update 80 cannot be read" in notes.pop()
 
 
 def main(monkeypatch, capsys, *arguments):
+    """Exit code, and the lines of standard error."""
     monkeypatch.setattr(sys, "argv", ["sad_analysis.py", *map(str, arguments)])
     code = sad.main()
     return code, capsys.readouterr().err.splitlines()
@@ -369,17 +471,13 @@ def test_a_thousand_projections_in_20_seconds_and_500_mb():
         for i, shape in enumerate(actor if "actor" in network else critic):
             linear = nn.Linear(shape[1], shape[0])
             masks[f"{network}.net.{2 * i}"] = rnm.nm_mask(linear.weight, 2, 4).numpy()
-    generator, previous = np.random.default_rng(0), np.uint8(0)
-    folder = Path("runs/large/masks")
-    folder.mkdir(parents=True)
-    shapes = [mask.shape for mask in masks.values()]
-    for t in range(1001):
-        bits = np.concatenate([np.packbits(mask) for mask in masks.values()])
-        contents = {"step": t * 1000, "update": t * 1000, "layers": list(masks), "shapes": shapes}
-        np.savez_compressed(folder / f"{t * 1000:09d}.npz", **contents, bits=bits ^ previous)
-        previous = bits
-        for mask in masks.values():
+    generator, history = np.random.default_rng(0), {name: [] for name in masks}
+    for _ in range(1001):
+        for name, mask in masks.items():
+            history[name].append(mask.copy())
             mask ^= generator.random(mask.shape) < 0.01
+    folder = Path("runs/large/masks")
+    write_history(folder.parent, {name: np.stack(many) for name, many in history.items()}, 1000)
     config = {"env_id": "HalfCheetah-v4", "seed": 1, "total_timesteps": 10**6, "n": 2, "m": 4, "save_masks": True}
     (folder.parent / "config.json").write_text(json.dumps({**config, "mask_update_interval": 1000}))
     (folder.parent / "evaluations.csv").write_text("step,mean,std\n1000000,5000.0,1.0\n")

@@ -2,10 +2,12 @@
 
 import contextlib
 import csv
+import dataclasses
 import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 
+import rnm_td3_continuous as rnm
 import sweep
 
 SCRIPT = Path(sweep.__file__)
@@ -47,6 +50,8 @@ def test_tasks_and_commands():
         "ns_B-v0__1_8__3",
     ]
     assert len(found) == 12 and [task.seed for task in found[::4]] == [3, 1, 2]
+    again = tasks(env_ids=("A-v1", "ns/B-v0", "A-v1"), patterns=("dense", "1:8", "01:8"), seeds=("3", "1-2", "2"))
+    assert again == found  # what is asked for twice is there once
     words = found[1].fresh_command()
     assert words[1].endswith("rnm_td3_continuous.py") and found[0].fresh_command()[1].endswith("/td3_continuous.py")
     assert shlex.join(words[2:12]) == "--env-id A-v1 --seed 3 --total-timesteps 200 --exp-name out__1_8 --n 1"
@@ -65,7 +70,16 @@ def test_tasks_and_commands():
         "--gpus -1": "--gpus -1: give a whole number, or a share such as 0.25",
         "--gpus 1.5": "--gpus 1.5: give a whole number",
         "--gpus 0.00001": "--gpus 1e-05: give a whole number",
-        "--flags='": "--flags or --sparse-flags: No closing quotation",
+        "--flags='": "--flags, --sparse-flags or --variants: No closing quotation",
+        "--flags=--gama=1": "--flags: --gama is a flag of neither script",
+        "--variants fast": "--flags, --sparse-flags or --variants: give `base`, or NAME=FLAGS, each name once",
+        "--variants base=--tau=1": "--flags, --sparse-flags or --variants: give `base`, or NAME=FLAGS, each name once",
+        "--variants a=--tau=1 a=--tau=2": "--flags, --sparse-flags or --variants: give `base`, or NAME=FLAGS, each",
+        "--variants a=--seed=1": "--flags: --seed is not for all runs",
+        "--variants a_b=--tau=1": "--flags, --sparse-flags or --variants: give `base`, or NAME=FLAGS, each name once",
+        "--patterns dense --sparse-flags=--n=1": "--flags: --n is not for all runs",
+        "--patterns dense --flags=--init=linear": "no runs are left",
+        "--env-ids a/b a_b": "--env-ids: a_b and a/b would have the same names",
         "--flags=--seed=3": "--flags: --seed is not for all runs",
         "--flags=--eval-interval=0": "--flags: --eval-interval 0 is not for all runs",
         "--task 99": "--task 99: give a number from 0 to",
@@ -77,7 +91,7 @@ def test_bad_input_gets_one_line_and_exit_code_2(flags, message, monkeypatch, ca
     Path("file").write_text("")
     monkeypatch.setattr(sys, "argv", ["sweep.py", *flags.split()])
     assert sweep.main() == 2
-    lines = capsys.readouterr().err.splitlines()
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("left out: dense of base")]
     assert len(lines) == 1 and lines[0].startswith(f"error: {message}")
 
 
@@ -104,25 +118,58 @@ def test_a_task_is_started_resumed_extended_and_skipped(monkeypatch):
     copied = task.out / "runs" / task.name
     assert (copied / "evaluations.csv").read_bytes() == (task.folders()[-1] / "evaluations.csv").read_bytes()
     assert json.loads((copied / "config.json").read_text())["seed"] == 1
-    assert json.loads((copied / "speed.json").read_text())["step"] > 100
+    shutil.move("runs", "elsewhere")  # what is copied is enough to be finished, not to go on
+    assert sweep.state_of(task) == "finished" and task.command() is None and sweep.run_task(task)
+    longer = tasks(total=task.total_timesteps + 100)[1]
+    needed = f"{task.name} is at step {task.total_timesteps}, and its run folder is needed to go on: bring it back to"
+    assert sweep.state_of(longer).startswith(needed)
+    with pytest.raises(sweep.UsageError, match=needed):
+        sweep.run_task(longer)
+    shutil.move("elsewhere", "runs")
     longer = tasks(total=task.total_timesteps + 100)[1]
     assert longer.command()[2] == "--resume" and sweep.run_task(longer) and sweep.state_of(longer) == "finished"
 
 
 def test_a_failed_task_says_why():
     task = tasks(flags=TINY + " --gamma 7")[0]
-    with pytest.raises(sweep.RunFailed, match=r"exit code 2: error: --gamma is 7\.0; give a number from 0 to 1"):
+    with pytest.raises(sweep.UsageError, match=r"exit code 2: error: --gamma is 7\.0; give a number from 0 to 1"):
         sweep.run_task(task)
     assert sweep.state_of(task) == "failed with exit code 2: error: --gamma is 7.0; give a number from 0 to 1"
-    task = tasks(flags=TINY + " --no-such-flag")[1]
-    with pytest.raises(sweep.RunFailed, match=r"exit code 2: .*\w"):  # tyro draws a box
+    task = tasks(flags=TINY + " --policy-frequency much")[1]
+    with pytest.raises(sweep.UsageError, match=r"exit code 2: .*\w"):  # tyro draws a box
         sweep.run_task(task)
+    task = tasks(flags=TINY, env_ids=("environments:Faulty-v0",))[1]
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(sweep.Failed, match="exit code 1: error: step 70: "):
+        patch.setenv("FAULT", "raises at 70")
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent))
+        sweep.run_task(task)
+
+
+def test_a_full_disk_is_named_and_the_run_goes_on_later():
+    task = tasks(total=100)[1]
+    task.log.parent.mkdir(parents=True)
+    task.log.symlink_to("/dev/full")
+    with pytest.raises(sweep.Failed, match="No space left on device"):
+        sweep.run_task(task)
+    task.log.unlink()
+    assert sweep.run_task(task) and sweep.state_of(task) == "finished"
+
+
+def test_variants_are_crossed_with_the_rest(capsys):
+    found = tasks(variants=("base", "fast=--learning-rate 9e-4", "letter=--init linear --tau=0.1"), seeds=("1", "2"))
+    assert [task.name.removeprefix("InvertedPendulum-v5__") for task in found[:5]] == [
+        *("dense__1", "2_4__1", "dense__fast__1", "2_4__fast__1", "2_4__letter__1")
+    ]
+    assert len(found) == 10 and found[4].flags[-3:] == ["--init", "linear", "--tau=0.1"]
+    assert "--exp-name out__2_4__letter" in shlex.join(found[4].fresh_command())
+    assert "--exp-name out__2_4 " in shlex.join(found[1].fresh_command())  # as without variants
+    assert capsys.readouterr().err == "left out: dense of letter: td3_continuous.py has no --init\n"
 
 
 def test_a_task_is_not_done_twice_at_once(monkeypatch):
     task = tasks()[0]
     task.log.parent.mkdir(parents=True)
-    with sweep.FileLock(task.log.with_suffix(".lock")), pytest.raises(sweep.RunFailed, match="another process is at"):
+    with sweep.FileLock(task.log.with_suffix(".lock")), pytest.raises(sweep.Failed, match="another process is at"):
         sweep.run_task(task)
     assert not Path("runs").exists()
 
@@ -150,7 +197,7 @@ def test_a_later_call_adds_to_the_sweep_and_cannot_change_its_flags(monkeypatch,
         assert sweep.main() == 0
     plan = sweep.read_plan(Path("out"))
     assert calls == [4, 8, 2] and len(plan) == 4 + 6 + 2
-    assert plan["A-v1__2_4__9"][4] == ["--mask-update-interval=9"] and plan["A-v1__dense__9"][4] == []
+    assert plan["A-v1__2_4__9"].flags == ["--mask-update-interval=9"] and plan["A-v1__dense__9"].flags == []
     assert len(Path("out/commands.txt").read_text().splitlines()) == 12
     monkeypatch.setattr(sys, "argv", ["sweep.py", "--env-ids", "A-v1", "--out", "out", "--flags=--gamma 0.5"])
     assert sweep.main() == 2
@@ -198,33 +245,184 @@ def test_dry_run_and_list_do_nothing():
 def test_slurm_script_runs_its_tasks():
     arguments = [*SWEEP, "--seeds", 1, "--total-timesteps", 200, f"--flags={TINY}"]
     assert run(*arguments, "--slurm").stdout == "sbatch out/slurm.sh\n"
-    subprocess.run(["bash", "-n", "out/slurm.sh"], check=True)
     assert "#SBATCH --array=0-1\n" in Path("out/slurm.sh").read_text()
     for i in range(2):
         subprocess.run(["bash", "out/slurm.sh"], check=True, env={**os.environ, "SLURM_ARRAY_TASK_ID": str(i)})
+    shutil.rmtree("runs")  # on another machine, say
     assert {line.split()[1] for line in run(*arguments, "--list").stdout.splitlines()} == {"finished"}
     assert "| 2:4 | 1 |" in run("--report", "out").stdout
     for name in ("curves", "returns"):
         assert (Path("out") / f"{name}.png").stat().st_size > 10_000
 
 
-def made_up(out, values):
-    """Results as they are copied: `values`: (env, pattern) to final returns by seed."""
+@pytest.mark.parametrize("name", ["a b", "it's", 'say "x"', "50%j$HOME", "$(touch x)`id`", "new\nline", "ä;#!*"])
+def test_slurm_script_quotes_what_the_user_named(name, tmp_path):
+    out = tmp_path / "out" / name
+    plan = sweep.Args(env_ids=("InvertedPendulum-v5",), patterns=("2:4",), seeds=("1",), out=str(out), flags="--tau=.1")
+    out.mkdir(parents=True)
+    sweep.write_slurm(sweep.tasks_of(plan), plan)
+    script = (out / "slurm.sh").read_text()
+    directives = [line for line in script.splitlines() if line.startswith("#SBATCH")]
+    assert len(directives) == 6 and not any(character in "".join(directives) for character in "%$\"'`")
+    fake = Path("print_arguments")  # in place of Python
+    fake.write_text('#!/usr/bin/env bash\nprintf "%s\\0" "$@"\n')
+    fake.chmod(0o755)
+    Path("slurm.sh").write_text(script.replace(sys.executable, str(fake.resolve())))
+    environment = {**os.environ, "SLURM_ARRAY_TASK_ID": "0"}
+    subprocess.run(["bash", "slurm.sh"], check=True, env=environment)
+    words = (out / "slurm-0.log").read_text().split("\0")
+    assert f"--out={out}" in words and "--flags=--tau=.1" in words and words[-3:] == ["--task", "0", ""]
+    assert not Path("x").exists()
+
+
+def test_two_sweeps_into_one_folder_are_refused(monkeypatch, capsys):
+    Path("out").mkdir()
+    with sweep.FileLock("out/sweep.lock"):
+        monkeypatch.setattr(sys, "argv", ["sweep.py", *map(str, SWEEP), "--slurm"])
+        assert sweep.main() == 2
+    assert capsys.readouterr().err.startswith("error: --out out: another sweep is at work there; wait for it, or")
+    assert not Path("out/sweep.json").exists()
+
+
+def made_up(out, values, seconds=None):
+    """Results as they are copied. values: (env, pattern) to final returns by seed; seconds: each run's, by pattern."""
     plan = {}
     for (env, pattern), returns in values.items():
+        pattern, _, variant = pattern.partition(", ")
         for seed, value in enumerate(returns):
-            name = f"{env}__{pattern.replace(':', '_')}__{seed}"
-            plan[name] = [env, pattern, seed, 100, []]
+            config = {"env_id": env, "seed": seed, "total_timesteps": 100}
+            if pattern != "dense":
+                config |= dict(zip("nm", map(int, pattern.split(":")), strict=True)) | {"mask_update_interval": 10}
+            flags = ["--tau", variant] if variant else []
+            task = sweep.Task(env, pattern, seed, 100, flags, variant or "base", out=Path(out))
+            plan[task.name] = [env, pattern, seed, 100, flags, *[variant] * bool(variant)]
             if value is None:
                 continue
-            folder = Path(out, "runs", name)
-            folder.mkdir(parents=True)
-            with open(folder / "evaluations.csv", "w") as file:
-                writer = csv.writer(file)
-                writer.writerows([("step", "mean", "std"), *[(step, value, 0) for step in range(5, 105, 5)]])
-            (folder / "speed.json").write_text(json.dumps({"step": 100, "seconds": 50}))
+            task.results.mkdir(parents=True)
+            (task.results / "config.json").write_text(json.dumps(config))
+            whole = value if np.ndim(value) else [value] * 20
+            with open(task.results / "evaluations.csv", "w") as file:
+                writer, columns = csv.writer(file), ["step", "mean", "std", *["seconds"] * bool(seconds)]
+                times = [[seconds[pattern] * i / 20] if seconds else [] for i in range(1, 21)]
+                writer.writerows([columns, *[(5 * i + 5, whole[i], 0, *times[i]) for i in range(20)]])
+            if not seconds:
+                (task.results / "speed.json").write_text(json.dumps({"step": 100, "seconds": 50}))
     Path(out).mkdir(exist_ok=True)
     Path(out, "sweep.json").write_text(json.dumps(plan))
+
+
+def column(text, env, kind, heading):
+    """A cell of the tables of an environment."""
+    for block in text.split(f"## {env}\n")[1].split("\n## ")[0].split("\n\n"):
+        lines = [line.split(" | ") for line in block.strip().splitlines()]
+        for line in lines[1:]:
+            if line[0] == f"| {kind}" and heading in [name.strip(" |") for name in lines[0]]:
+                return line[[name.strip(" |") for name in lines[0]].index(heading)].strip(" |")
+
+
+def test_report_says_what_an_hour_buys(monkeypatch):
+    monkeypatch.setattr(sweep, "LAST", 1)
+    monkeypatch.setattr(sweep.sad, "LAST", 1)
+    rise = np.linspace(50, 1000, 20)  # by 50 an evaluation
+    values = {("A", "dense"): [rise, rise], ("A", "1:4"): [rise / 2, rise * 1.1], ("A", "1:8"): [rise / 4, rise / 4]}
+    made_up("out", values, {"dense": 7200, "1:4": 3600, "1:8": 1800})
+    text = sweep.report(Path("out"))
+    assert column(text, "A", "dense", "hours") == "2.00" and column(text, "A", "1:4", "steps/s") == "0"
+    assert column(text, "A", "dense", "return by 0.50 h").startswith("250 [")  # a quarter of its time
+    assert column(text, "A", "1:4", "return by 0.50 h") == "400 [250, 550]"
+    assert column(text, "A", "1:4", "to dense by then") == "1.60 [1.00, 2.20]"
+    assert column(text, "A", "1:8", "return by 0.50 h").startswith("250 [")
+    assert column(text, "A", "dense", "hours to 50 %") == "1.00 [1.00, 1.00], 2 of 2"
+    assert column(text, "A", "1:4", "hours to 50 %") == "0.75 [0.50, 1.00], 2 of 2"
+    assert column(text, "A", "1:4", "hours to 90 %") == "never [0.85, never], 1 of 2"
+    assert column(text, "A", "1:8", "hours to 50 %") == "never [never, never], 0 of 2"
+    rows = list(csv.DictReader(Path("out/summary.csv").read_text().splitlines()))
+    (row,) = (row for row in rows if (row["kind"], row["figure"]) == ("1:4", "hours_to_90"))
+    assert list(row.values()) == ["A", "1:4", "hours_to_90", "never", "0.85", "never"]
+    (row,) = (row for row in rows if (row["kind"], row["figure"]) == ("1:4", "early"))
+    assert [row["value"], row["low"], row["high"]] == ["400", "250", "550"]
+
+
+def test_report_compares_variants_with_their_dense_runs_and_the_best():
+    values = {("A", "dense, .1"): [10.0, 20], ("A", "dense, .2"): [40.0, 20], ("A", "1:4, .1"): [30.0, 30]}
+    made_up("out", values | {("A", "1:4, .2"): [30.0, 30], ("A", "1:8, .3"): [30.0, 30]})
+    text = sweep.report(Path("out"))
+    assert column(text, "A", "1:4, .1", "ratio to dense").startswith("2.00 [")
+    assert column(text, "A", "1:4, .2", "ratio to dense").startswith("1.00 [")
+    assert column(text, "A", "1:4, .1", "ratio to the best dense").startswith("1.00 [")
+    assert column(text, "A", "1:8, .3", "ratio to dense") == ""
+    plan = json.loads(Path("out/sweep.json").read_text())
+    for name in plan:  # the same but for flags that dense has not: compared with those
+        if "1_8" in name:
+            plan[name][4] = ["--dense-layers", "last", "--tau", ".1", "--init=linear"]
+    Path("out/sweep.json").write_text(json.dumps(plan))
+    assert column(sweep.report(Path("out")), "A", "1:8, .3", "ratio to dense").startswith("2.00 [")
+
+
+@pytest.mark.parametrize(
+    "changes", [{"n": 2}, {"n": 1, "m": 8, "dense_layers": "last"}, {"dense_layers": "first,last"}, {}]
+)
+def test_weights_are_those_of_the_networks(changes):
+    args = rnm.Args(n=changes.get("n", 1), m=4, hidden_sizes=(10, 21))
+    args = dataclasses.replace(args, **changes)
+    agent = rnm.TD3(5, -np.ones(3), np.ones(3), dataclasses.replace(args, backend="masked"), torch.device("cpu"))
+    layers = [layer for net in agent.networks.values() for layer in net.modules() if hasattr(layer, "in_features")]
+    count = lambda layer: (layer.values if hasattr(layer, "values") else layer.weight).numel()  # noqa: E731
+    found = sweep.weights({**vars(args), "obs_dim": 5, "action_dim": 3})
+    whole = sum(layer.in_features * layer.out_features for layer in layers)
+    assert found["active"] == pytest.approx(100 * sum(map(count, layers)) / whole)
+    assert found["parameters"] == sum(parameter.numel() for parameter in agent.actor.parameters())
+    places = sum(layer.values.numel() for layer in agent.actor.modules() if hasattr(layer, "values"))
+    assert found["bytes"] == 4 * found["parameters"] + places
+    dense = sweep.weights({"hidden_sizes": (10, 21), "obs_dim": 5, "action_dim": 3})
+    assert dense["active"] == 100 and dense["bytes"] == 4 * dense["parameters"] == 4 * (5 * 10 + 210 + 63 + 34)
+
+
+DAMAGES = {"config.json": [b"", b"null", b"[]", b"{", b'"a"', b"\xff\xfe", b'{"env_id": 3}', b"7", b"{}"]}
+DAMAGES["evaluations.csv"] = [b"", b"null", b"a,b\n1,2\n", b"step,mean,std\n", b"step,mean,std\n5,1,1\n", b"\xff\xfe\0"]
+DAMAGES["evaluations.csv"] += [b"step,mean,std\n100,nan,1\n", b"step,mean,std\n100,1,", b"step,mean,std\nx,y,z\n"]
+DAMAGES["speed.json"] = [
+    b"",
+    b"null",
+    b"[]",
+    b"{}",
+    b'{"step": 0, "seconds": 1}',
+    b'{"step": "a", "seconds": "b"}',
+    None,
+]
+
+
+@pytest.mark.parametrize("name, content", [(name, content) for name, many in DAMAGES.items() for content in many])
+def test_a_damaged_result_is_named_and_the_others_are_reported(name, content, monkeypatch, capsys):
+    monkeypatch.setattr(sweep.sad, "save", lambda figure, path: sweep.sad.plt.close(figure))
+    made_up("out", {("A", "dense"): [1.0, 2.0], ("A", "2:4"): [3.0]})
+    damaged = Path("out/runs/A__2_4__0") / name
+    damaged.write_bytes(content) if content is not None else damaged.unlink()
+    text = sweep.report(Path("out"))
+    assert "\n- A__2_4__0: " in text and "| dense | 2 |" in text and "| 2:4 |" not in text
+    for seed in (0, 1):
+        shutil.copy(damaged, f"out/runs/A__dense__{seed}/{name}") if content is not None else Path(
+            f"out/runs/A__dense__{seed}/{name}"
+        ).unlink()
+    monkeypatch.setattr(sys, "argv", ["sweep.py", "--report", "out"])
+    assert sweep.main() == 1
+    assert capsys.readouterr().err.startswith("error: --report out: no finished runs there (A__dense__0: ")
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"null", b"[]", b"{", b'{"a": 1}', b'{"a": [1, 2]}', b"\xff", b'{"a": null}', None]
+)
+def test_a_damaged_plan_gets_one_line(content, monkeypatch, capsys):
+    made_up("out", {("A", "dense"): [1.0, 2.0]})
+    path = Path("out/sweep.json")
+    path.write_bytes(content) if content is not None else (path.unlink(), path.mkdir())
+    for arguments in (["--report", "out"], ["--env-ids", "A", "--out", "out", "--slurm"]):
+        monkeypatch.setattr(sys, "argv", ["sweep.py", *arguments])
+        assert sweep.main() == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: out/sweep.json is damaged (") and line.endswith(
+            "start the sweep again: no run is lost"
+        )
 
 
 def test_report_states_the_statistics_of_the_field():
@@ -244,7 +442,10 @@ def test_report_states_the_statistics_of_the_field():
     assert f"| {np.mean([*np.array(sparse) / 30, 90 / 150, 120 / 150]):.2f} [" in normalised
     assert "- B__2_4__2: " in text and "A__" not in text.split("Missing:")[1]
     negative = next(line for line in text.splitlines() if line.startswith("| 2:4 | 2 | -25"))
-    assert " | - | 0.00 [0.00, 0.00] | " in negative and "Left out, without dense runs of positive return: C." in text
+    assert (
+        "-25 [-30, -20] | 0.00 [0.00, 0.00] | " in negative
+        and "Left out, without dense runs of positive return: C." in text
+    )
 
 
 RAY = pytest.mark.skipif(
@@ -267,7 +468,20 @@ def test_a_sweep_on_this_machine_repeats_what_failed_and_is_idempotent(tmp_path)
     failing = run(*[*arguments[:-1], f"--flags={TINY} --gamma 7"], "--seeds", 5, "--retries", 1, check=False)
     assert failing.returncode == 1 and "failed: " in failing.stdout and "--gamma is 7.0" in failing.stdout
     log = Path("out/logs/InvertedPendulum-v5__dense__5.log").read_text()
-    assert log.count("failed with exit code 2") == 2  # tried again once
+    assert log.count("failed with exit code 2") == 1  # wrong flags are not tried again
+    variables = {"FAULT": "raises at 70", "PYTHONPATH": str(Path(__file__).parent)}
+    flags = ["--env-ids", "environments:Faulty-v0", "--patterns", "2:4", "--seeds", 6, "--retries", 1, "--out", "out"]
+    failing = run(*flags, f"--flags={TINY}", check=False, **variables)
+    assert failing.returncode == 1 and "Faulty-v0__2_4__6 failed: exit code 1: " in failing.stdout
+    log = Path("out/logs/environments:Faulty-v0__2_4__6.log").read_text()
+    assert log.count("failed with exit code 1") == 2  # tried again once
+    full = Path("out/logs/InvertedPendulum-v5__dense__7.log")
+    full.symlink_to("/dev/full")
+    failing = run(*arguments, "--seeds", 7, "--retries", 0, check=False)
+    assert failing.returncode == 1 and "InvertedPendulum-v5__dense__7 failed: " in failing.stdout
+    assert "No space left on device" in failing.stdout and "1 of 2 done, 0 running, 1 failed" in failing.stdout
+    full.unlink()
+    assert "2 of 2 done" in run(*arguments, "--seeds", 7).stdout
     if not torch.cuda.is_available():
         refused = run(*arguments, "--gpus", 1, check=False)
         assert refused.returncode == 2
@@ -286,16 +500,17 @@ def test_a_sweep_that_is_interrupted_loses_nothing(number, cores):
     arguments = [*SWEEP, "--total-timesteps", 10**6, f"--flags={TINY} --checkpoint-interval 1000000"]
     command = [sys.executable, SCRIPT, *map(str, arguments)]
     options = {"preexec_fn": lambda: os.sched_setaffinity(0, usable)}
-    driver = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **options)
+    driver = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True, **options)
     plan = tasks(total=10**6, flags=f"{TINY} --checkpoint-interval 1000000")
     while sum(sweep.steps_done(task) > 200 for task in plan) < len(usable):
         assert driver.poll() is None
         time.sleep(0.1)
     done = [sweep.steps_done(task) for task in plan]
     assert sum(steps > 0 for steps in done) == len(usable)
-    driver.send_signal(number)
+    # Ctrl-C in a terminal goes to all processes of the driver's group; a batch system sends SIGTERM to the driver alone
+    os.killpg(driver.pid, number) if number == signal.SIGINT else driver.send_signal(number)
     out, _ = driver.communicate(timeout=60)
-    assert driver.returncode == 130 and "interrupted: runs write their checkpoints" in out
+    assert driver.returncode == 128 + number and "interrupted: runs write their checkpoints" in out
     for task, steps in zip(plan, done, strict=True):
         assert sweep.state_of(task).startswith("interrupted, goes on from step " if steps else "waiting")
         assert not steps or sweep.checkpoint(task.folders()[-1]) >= steps

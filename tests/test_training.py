@@ -2,10 +2,11 @@
 
 import csv
 import json
-import math
 import pstats
 import re
+import struct
 import sys
+import zlib
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from environments import Scripted
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import rnm_td3_continuous as rnm
+import sad_analysis
 import td3_continuous as td3
 
 SCRIPTS = [rnm, td3]
@@ -211,13 +213,11 @@ def test_same_seed_gives_a_bit_identical_run(script):
     assert all(torch.equal(a, b) for a, b in zip(parameters(first), parameters(second), strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(parameters(first), parameters(other), strict=True))
     assert torch.equal(first_buffer.rows[:300], second_buffer.rows[:300])
-    names = ["evaluations.csv"] + [f"masks/{path.name}" for path in (first_folder / "masks").glob("*.npz")]
-    assert len(names) == (12 if script is rnm else 1)
     rows = [read_csv(folder / "evaluations.csv") for folder in (first_folder, second_folder)]
     assert len(rows[0]) == 2
     assert [{**row, "seconds": 0} for row in rows[0]] == [{**row, "seconds": 0} for row in rows[1]]
-    for name in names[1:]:
-        assert (np.load(first_folder / name)["bits"] == np.load(second_folder / name)["bits"]).all()
+    if script is rnm:
+        assert (first_folder / "masks.bin").read_bytes() == (second_folder / "masks.bin").read_bytes()
 
 
 @pytest.mark.parametrize("backend, steps, atol", [("masked", 200, 1e-6), ("native", 110, 1e-4)])
@@ -267,23 +267,25 @@ def test_run_folder(script):
 
 @pytest.mark.parametrize("target_mask", ["own", "online"])
 def test_mask_history_and_sad(target_mask):
-    """The files decode to the layers' masks, and the logged SAD is a brute-force count on them."""
+    """The file decodes to the layers' masks, and the logged SAD is a brute-force count on them."""
     settings = {**SMALL, "total_timesteps": 422, "mask_update_interval": 100, "learning_rate": 1e-2, "tau": 0.3}
     agent, _, folder = rnm.train(rnm.Args(**settings, target_mask=target_mask))
-    files = sorted((folder / "masks").iterdir())
-    assert [path.name for path in files] == [f"{update:09d}.npz" for update in (0, 100, 200, 300, 400)]
-    bits, history = 0, []
-    for path in files:
-        with np.load(path) as file:
-            bits = bits ^ file["bits"]
-            masks, start = {}, 0
-            for name, (rows, columns) in zip(file["layers"].tolist(), file["shapes"], strict=True):
-                stop = start + math.ceil(rows * columns / 8)
-                masks[name] = np.unpackbits(bits[start:stop], count=rows * columns).reshape(rows, columns)
-                start = stop
-            assert start == len(bits)
-            history.append((int(file["step"]), int(file["update"]), masks))
+    header, data = (folder / "masks.bin").read_bytes().split(b"\n", 1)
+    header, bits, history = json.loads(header), [], []
+    assert header["layers"] == list(agent.nm_layers)
+    entries = [rows * columns for rows, columns in header["shapes"]]
+    while data:
+        step, update, size = struct.unpack("<3Q", data[:24])
+        changed = np.cumsum(np.frombuffer(zlib.decompress(data[24 : 24 + size]), np.uint32))
+        bits = bits if history else np.zeros(sum(entries), bool)
+        bits = bits ^ np.isin(np.arange(len(bits)), changed)
+        parts = np.split(bits, np.cumsum(entries)[:-1])
+        layers = zip(header["layers"], header["shapes"], parts, strict=True)
+        masks = {name: part.reshape(shape) for name, shape, part in layers}
+        history.append((step, update, masks))
+        data = data[24 + size :]
     assert [step for step, _, _ in history] == [0, 120, 220, 320, 420]
+    assert [update for _, update, _ in history] == [0, 100, 200, 300, 400]
     for name, layer in agent.nm_layers.items():
         assert (history[-1][2][name] == layer.mask().numpy()).all()
     events = EventAccumulator(str(folder)).Reload()
@@ -375,7 +377,8 @@ def test_sad_is_logged_at_most_once_in_100_updates():
     settings = {**SMALL, "total_timesteps": 270, "mask_update_interval": 30}
     _, _, folder = rnm.train(rnm.Args(**settings))
     assert [event.step for event in EventAccumulator(str(folder)).Reload().Scalars("sad/total")] == [20 + 120, 20 + 210]
-    assert len(list((folder / "masks").iterdir())) == 1 + 250 // 30
+    updates = [update for _, update, _ in sad_analysis.read_masks(folder, 30, [])[2]]
+    assert updates == [0, *range(30, 250, 30)]
 
 
 def test_masks_stay_with_interval_zero_and_files_can_be_left_out():
@@ -385,7 +388,7 @@ def test_masks_stay_with_interval_zero_and_files_can_be_left_out():
     for name, layer in agent.nm_layers.items():
         assert torch.equal(layer.mask(), start[name].mask())
     assert not torch.equal(agent.actor.net[0].values, start["actor.net.0"].values)
-    assert not (folder / "masks").exists()
+    assert not (folder / "masks.bin").exists()
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -146,9 +146,9 @@ def float64():
 
 @pytest.mark.parametrize("dense_layers", ["none", "first,last"])
 @pytest.mark.parametrize("target_mask", ["own", "online"])
-@pytest.mark.parametrize("n, m", [(2, 4), (1, 4), (3, 5)])
-def test_update_equals_reference(float64, n, m, target_mask, dense_layers):
-    agent, args = make_agent(n=n, m=m, target_mask=target_mask, dense_layers=dense_layers)
+@pytest.mark.parametrize("n, m, init", [(2, 4, "linear"), (1, 4, "variance"), (3, 5, "variance")])
+def test_update_equals_reference(float64, n, m, init, target_mask, dense_layers):
+    agent, args = make_agent(n=n, m=m, init=init, target_mask=target_mask, dense_layers=dense_layers)
     reference, rng, total_sad = Reference(agent, args), np.random.default_rng(1), 0
     for count in range(1, 21):
         batch = random_batch(rng)
