@@ -20,7 +20,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
 from itertools import pairwise
@@ -96,15 +96,15 @@ class Task:
     def script(self) -> Path:
         return DENSE if self.pattern == "dense" else HERE / "rnm_td3_continuous.py"
 
-    def folders(self) -> list[Path]:
-        """Its run folders, the one to go on with last: with the last evaluation of all, or the newest checkpoint."""
-        prefix = f"{self.env_id.replace('/', '_')}__{self.out.name}__{self.kind}__{self.seed}__"
-        found = (self.work / "runs").glob(glob.escape(prefix) + "*")
-        return sorted(found, key=lambda path: (last_evaluation(path) >= self.total_timesteps, checkpoint(path), path))
+    @property
+    def folder(self) -> Path:
+        """Of its run folders the one that has ended, or has the newest checkpoint; else a path where nothing is."""
+        name = f"{self.env_id.replace('/', '_')}__{self.out.name}__{self.kind}__{self.seed}__"
+        found = [*(self.work / "runs").glob(glob.escape(name) + "*"), self.work / "runs" / name]
+        return max(found, key=lambda path: (last_evaluation(path) >= self.total_timesteps, checkpoint(path), str(path)))
 
     def finished(self) -> bool:
-        places = [self.results, *self.folders()[-1:]]
-        return any(last_evaluation(folder) >= self.total_timesteps for folder in places)
+        return max(last_evaluation(self.results), last_evaluation(self.folder)) >= self.total_timesteps
 
     def fresh_command(self) -> list[str]:
         command = [sys.executable, str(self.script), "--env-id", self.env_id, "--seed", str(self.seed)]
@@ -118,9 +118,8 @@ class Task:
         """What brings the run to its end from where it is. None if it is there. Raises UsageError."""
         if self.finished():
             return None
-        folders = self.folders()
-        if folders and checkpoint(folders[-1]) >= 0:
-            resume = [sys.executable, str(self.script), "--resume", str(folders[-1].relative_to(self.work))]
+        if checkpoint(self.folder) >= 0:
+            resume = [sys.executable, str(self.script), "--resume", str(self.folder.relative_to(self.work))]
             return [*resume, "--total-timesteps", str(self.total_timesteps), "--env-id", self.env_id]
         if (step := last_evaluation(self.results)) >= 0:
             advice = f"bring it back to {self.work}/runs, or delete {self.results}"
@@ -221,11 +220,9 @@ def run_task(task: Task) -> str:
     try:
         task.log.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(task.log.with_suffix(".lock"), timeout=0):
-            for folder in task.folders()[-1:]:  # the process of a worker that was killed may still write its checkpoint
-                with contextlib.suppress(FileNotFoundError), FileLock(folder / "lock", timeout=60):
-                    pass
-            command = task.command()
-            if command is not None:
+            if task.folder.exists():  # the process of a worker that was killed may still write its checkpoint
+                FileLock(task.folder / "lock", timeout=60).acquire().lock.release()
+            if command := task.command():
                 run_command(task, command)
             copy_results(task)
     except Timeout as error:
@@ -264,10 +261,10 @@ def last_line(path: Path) -> str:
 
 def copy_results(task: Task) -> None:
     """The small files of a run, so that neither a report nor a finished run needs its folder."""
-    for folder in task.folders()[-1:]:
+    if last_evaluation(task.folder) > last_evaluation(task.results):
         task.results.mkdir(parents=True, exist_ok=True)
         for name in ("config.json", "evaluations.csv"):
-            shutil.copyfile(folder / name, task.results / f"{name}.incomplete")
+            shutil.copyfile(task.folder / name, task.results / f"{name}.incomplete")
             os.replace(task.results / f"{name}.incomplete", task.results / name)
     if not task.finished():
         raise Failed(f"the last evaluation of {task.name} is missing below {task.work}/runs")
@@ -277,28 +274,25 @@ def copy_results(task: Task) -> None:
 
 
 def steps_done(task: Task) -> int:
-    places = [task.results / "evaluations.csv"]
-    places += [folder / name for folder in task.folders()[-1:] for name in ("evaluations.csv", "episodes.csv")]
-    return min(task.total_timesteps, max(0, *map(last_step, places)))
+    steps = map(last_step, (task.results / "evaluations.csv", *task.folder.glob("e*s.csv")))
+    return min(task.total_timesteps, max(0, *steps))
 
 
 def state_of(task: Task) -> str:
     """Finished, running, failed with the last line of its log, interrupted, or waiting."""
-    folders = task.folders()
-    if task.finished():
-        return "finished"
-    if folders and (folders[-1] / "lock").exists():
-        try:
-            FileLock(folders[-1] / "lock", timeout=0).acquire().lock.release()
-        except Timeout:
-            return f"running, step {steps_done(task)}"
-    if task.log.exists() and (line := last_line(task.log)).startswith("failed with "):
-        return line
+    lock = task.folder / "lock"
     try:
-        task.command()
+        if lock.exists():
+            FileLock(lock, timeout=0).acquire().lock.release()
+        line = last_line(task.log)
+        if task.finished() or line.startswith("failed with "):
+            return "finished" if task.finished() else line
+        resumed = "--resume" in task.command()
+        return f"interrupted, goes on from step {checkpoint(task.folder)}" if resumed else "waiting"
+    except Timeout:
+        return f"running, step {steps_done(task)}"
     except UsageError as error:
         return str(error)
-    return f"interrupted, goes on from step {checkpoint(folders[-1])}" if "--resume" in task.command() else "waiting"
 
 
 def progress(tasks: list[Task], began: tuple[float, int], finished: int, failed: int) -> str:
@@ -316,6 +310,14 @@ def usable_cores() -> int | None:
     """Cores that taskset or Slurm left to this process; None, which is Ray's own count, where they took none away."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return None if usable == os.cpu_count() else usable
+
+
+def attempt(task: Task) -> tuple[str, bool]:
+    """What went wrong, if anything, and whether to try again. Returned, since Ray prints what is raised."""
+    try:
+        return run_task(task) and "", False
+    except (Failed, UsageError) as error:
+        return str(error), isinstance(error, Failed)
 
 
 def run_on_ray(tasks: list[Task], args: Args) -> int:
@@ -338,57 +340,57 @@ def run_on_ray(tasks: list[Task], args: Args) -> int:
         if not args.address:
             raise UsageError(f"--gpus {args.gpus:g}: Ray finds {there:g} GPUs on this machine; leave it out for CPUs")
         print(f"--gpus {args.gpus:g}: the cluster has {there:g} GPUs now; runs wait until it has more", flush=True)
-    # max_retries counts lost nodes and failed runs alike; a task looks where its run is when it starts
-    options = {"num_cpus": 1, "num_gpus": args.gpus, "max_retries": args.retries, "retry_exceptions": [Failed]}
-    remote = ray.remote(**options)(run_task)
-    waiting, finished, failed = {remote.remote(task): task for task in tasks}, 0, 0
+    # max_retries: of lost nodes; a task looks where its run is when it starts
+    remote = ray.remote(num_cpus=1, num_gpus=args.gpus, max_retries=args.retries)(attempt)
+    waiting, finished, failed, tried = {remote.remote(task): task for task in tasks}, 0, 0, Counter()
     began, shown = (time.time(), sum(map(steps_done, tasks))), 0.0
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    stopped = []  # since Ray raises KeyboardInterrupt, whatever a handler has raised
+    signal.signal(signal.SIGTERM, lambda *event: (stopped.append(event[0]), signal.default_int_handler(*event)))
     try:
         while waiting:
             ready, _ = ray.wait(list(waiting), timeout=5)
             for reference in ready:
                 task = waiting.pop(reference)
                 try:
-                    ray.get(reference)
-                    finished += 1
-                except Exception as error:  # Failed, UsageError, or Ray's own
-                    failed += 1
-                    reason = str(getattr(error, "cause", None) or error).splitlines()[-1]
-                    print(f"{task.name} failed: {reason}", flush=True)
+                    reason, again = ray.get(reference)
+                except Exception as error:  # Ray's own: the node was lost too often
+                    reason, again = str(error).splitlines()[-1], False
+                tried[task.name] += 1
+                again = again and tried[task.name] <= args.retries
+                if reason:
+                    print(f"{task.name} failed: {reason}" + "; it is tried again" * again, flush=True)
+                if again:
+                    waiting[remote.remote(task)] = task
+                finished, failed = finished + (not reason), failed + (bool(reason) and not again)
             if time.time() - shown > 30 or not waiting:
                 shown = time.time()
                 print(progress(tasks, began, finished, failed), flush=True)
-    except (KeyboardInterrupt, SystemExit):
+    except KeyboardInterrupt:
         print("interrupted: runs write their checkpoints; started again, the sweep goes on from there", flush=True)
         for reference in waiting:
             ray.cancel(reference)  # KeyboardInterrupt in run_task
         ray.wait(list(waiting), num_returns=len(waiting), timeout=60)
-        raise
+        sys.exit(128 + (stopped or [signal.SIGINT])[0])
     finally:
         ray.shutdown()
     return failed
 
 
-def write_slurm(tasks: list[Task], args: Args) -> Path:
+def write_slurm(count: int, out: Path) -> Path:
     """An array script with one task a run. What the user named stands where the shell reads it, not Slurm."""
-    out = Path(args.out)
-    words = ["--env-ids", *args.env_ids, "--patterns", *args.patterns, "--variants", *args.variants]
-    words += ["--seeds", *args.seeds, "--total-timesteps", str(args.total_timesteps), f"--out={out.resolve()}"]
-    words += [f"--flags={args.flags}", f"--sparse-flags={args.sparse_flags}"]
-    script = f"""#!/usr/bin/env bash
+    words = [sys.executable, str(HERE / "sweep.py"), *[word for word in sys.argv[1:] if word != "--slurm"]]
+    (out / "slurm.sh").write_text(f"""#!/usr/bin/env bash
 # Each task starts a run, or resumes it; add what your cluster wants (--partition, --account, --time).
 #SBATCH --job-name=rnm-td3-sweep
-#SBATCH --array=0-{len(tasks) - 1}
+#SBATCH --array=0-{count - 1}
 #SBATCH --cpus-per-task=1
 #SBATCH --mem=2G
 #SBATCH --requeue
 #SBATCH --output=/dev/null
 cd {shlex.quote(str(Path.cwd()))} || exit 1
-exec {shlex.join([sys.executable, str(HERE / "sweep.py"), *words])} --task "$SLURM_ARRAY_TASK_ID" \\
-  >> {shlex.quote(str(out.resolve()))}/slurm-"$SLURM_ARRAY_TASK_ID".log 2>&1
-"""
-    (out / "slurm.sh").write_text(script)
+log={shlex.quote(str(out))}/slurm-"$SLURM_ARRAY_TASK_ID".log
+exec {shlex.join(words)} --task "$SLURM_ARRAY_TASK_ID" >> "$log" 2>&1
+""")
     return out / "slurm.sh"
 
 
@@ -527,13 +529,10 @@ HEAD = f"""\
 Final return: mean of the last {LAST} evaluations of a run. Brackets and bars: 95 % bootstrap intervals over seeds; with
 two or three seeds they mean little, since they cannot reach beyond the runs that there are, and the interquartile mean
 of fewer than four is the mean. Steps/s and hours are means over runs, evaluations left out (of runs that noted no time
-with their evaluations: included).
-"""
-HOUR = f"""\
-What an hour buys. Return by then: mean of the last {LAST} evaluations until the fastest kind of run ended. Hours to a
-share of the final return of dense: median of the times at which that mean first was there; `2 of 3`: so many seeds
-ever were, the others count as later than any. Active weights: of all six networks, dense layers with them, biases not.
-Bytes of the actor: 4 for a weight or a bias, 1 more for the place of an N:M weight in its group.
+with their evaluations: included). Return by a time: mean of the last {LAST} evaluations until the fastest kind of run
+ended. Hours to a share of the final return of dense: median of the times at which that mean first was there; `2 of 3`:
+so many seeds ever were, the others count as later than any. Active weights: of all six networks, dense layers with
+them, biases not. Bytes of the actor: 4 for a weight or a bias, 1 more for the place of an N:M weight in its group.
 """
 FIRST = [("seeds", "seeds", ".0f"), ("mean", "mean +- std", ""), ("iqm", "interquartile mean", ".4g")]
 FIRST += [("ratio", "ratio to dense", ".2f"), ("ratio_to_best", "ratio to the best dense", ".2f")]
@@ -577,7 +576,7 @@ def report(out: Path) -> str:
                 rows.append([env, kind, name, *numbers])
         parts += [f"## {env}\n", table(FIRST, found, clock)]
         if any(name in row for row in found.values() for name, *_ in SECOND[1:]):
-            parts += [HOUR, table(SECOND, found, clock)]
+            parts.append(table(SECOND, found, clock))
     other = {key: best[key[0]] for key in results if key[0] in best}
     for word, kinds in (
         (("dense", references), ("the best dense", other)) if other != references else [("dense", references)]
@@ -665,7 +664,7 @@ def sweep(args: Args) -> int:
         with FileLock(out / "sweep.lock", timeout=0):
             plan_sweep(tasks, out)
             if args.slurm:
-                print(shlex.join(["sbatch", str(write_slurm(tasks, args))]))
+                print(shlex.join(["sbatch", str(write_slurm(len(tasks), out))]))
                 return 0
             print(f"{len(tasks)} runs; each can be repeated by its line in {out / 'commands.txt'}", flush=True)
             began = time.time()

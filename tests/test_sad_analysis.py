@@ -438,7 +438,7 @@ def test_bad_input_gets_one_line_and_exit_code_2(monkeypatch, capsys, real_runs)
     Path("file").write_text("")
     cases = {
         (): "error: no folder given: no runs there; give run folders, or --example",
-        ("nowhere/*",): "error: nowhere/*: no such folder",
+        ("nowhere/*",): "error: nowhere/*: no runs there",
         ("empty",): "error: empty: no runs there",
         (real_runs[0], "--points", "1"): "error: --points and --matrix-size have to be 2 or more",
         (real_runs[0], "--seed", "-1"): "error: --points and --matrix-size have to be 2 or more, --seed 0 or more",
