@@ -415,6 +415,8 @@ def read_results(plan: dict[str, Task]) -> tuple[dict[tuple[str, str], list[Run]
     results, missing = defaultdict(list), []
     for name, task in plan.items():
         try:
+            if not task.results.exists():
+                raise ValueError("not finished yet")
             run = sad.read_run(task.results)
             if not len(run.steps) or run.steps[-1] < task.total_timesteps:
                 raise ValueError(run.notes[0] if run.notes else f"at step {run.steps[-1]} of {task.total_timesteps}")
