@@ -166,10 +166,8 @@ def analyse_masks(layers: list[str], shapes: np.ndarray, rows: list[tuple], matr
         counts.append([np.count_nonzero(kind) for kind in kinds])
         begin = enters.nonzero()[0]
         end = np.where(last[begin], t_max - 1, np.append(time, 0)[begin + 1])
-        layer = np.full(len(begin), i)
-        spells.append(
-            np.stack([layer, updates[time[begin]], updates[end], ~last[begin]], dtype=np.int32, casting="unsafe")
-        )
+        columns = np.full(len(begin), i), updates[time[begin]], updates[end], ~last[begin]
+        spells.append(np.stack(columns, dtype=np.int32, casting="unsafe"))
     active, ever, always, entered, returned = np.array(counts).T
 
     # an entry is active in one of a network and its target alone after an odd number of events in both
@@ -451,9 +449,8 @@ def across(results: dict[tuple, list[Run]], dense: dict[tuple, list[Run]], seed:
     Both: environment and kind of run to its runs; dense: what each is compared with. An environment can be used where
     all that is dense is positive; there are no estimates with fewer than two of them.
     """
-    least = {
-        env: min((final(runs).min() for (e, _), runs in dense.items() if e == env), default=0) for env, _ in results
-    }
+    pairs = [(env, final(runs).min()) for (env, _), runs in dense.items()]
+    least = {env: min((value for e, value in pairs if e == env), default=0) for env, _ in results}
     envs, found = [env for env in least if least[env] > 0], {}
     for kind in dict.fromkeys(kind for _, kind in results) if len(envs) > 1 else ():
         keys = [(env, kind) for env in envs]

@@ -433,15 +433,15 @@ def dense_of(results: dict, plan: dict[str, Task]) -> dict[tuple[str, str], str]
     """The dense runs to compare with: of the same variant, or else with the same flags as far as those have them."""
     tasks, found = {(task.env_id, task.title): task for task in plan.values()}, {}
     for env, kind in results:
-        known, kept = False, []
-        for word in tasks[env, kind].flags:
+        known, kept, mine = False, [], tasks[env, kind]
+        for word in mine.flags:
             known = names_in([word])[0] in flags_of(DENSE) if word.startswith("--") else known
             kept += [word] * known
-        dense = [task for e, other in results if e == env and (task := tasks[e, other]).pattern == "dense"]
-        dense.sort(key=lambda task: task.variant != tasks[env, kind].variant)
-        for task in dense[::-1]:
-            if task.variant == tasks[env, kind].variant or task.flags == kept:
-                found[env, kind] = task.title
+        dense = [tasks[key] for key in results if key[0] == env and tasks[key].pattern == "dense"]
+        alike = [task.title for task in dense if task.variant == mine.variant]
+        alike += [task.title for task in dense if task.flags == kept]
+        if alike:
+            found[env, kind] = alike[0]
     return found
 
 
@@ -540,11 +540,7 @@ FIRST = [("seeds", "seeds", ".0f"), ("mean", "mean +- std", ""), ("iqm", "interq
 FIRST += [("ratio", "ratio to dense", ".2f"), ("ratio_to_best", "ratio to the best dense", ".2f")]
 FIRST += [("better", "P(better than dense)", ".2f"), ("steps_per_second", "steps/s", ".0f"), ("hours", "hours", ".2f")]
 SECOND = [("seeds", "seeds", ".0f"), ("active", "active weights, %", ".1f"), ("parameters", "actor: parameters", ".0f")]
-SECOND += [
-    ("bytes", "bytes", ".0f"),
-    ("early", "return by {:.2f} h", ".4g"),
-    ("early_ratio", "to dense by then", ".2f"),
-]
+SECOND += [("bytes", "bytes", ".0f"), ("early", "return by {:.2f} h", ".4g"), ("early_ratio", "to dense then", ".2f")]
 SECOND += [(f"hours_to_{share}", f"hours to {share} %", ".2f") for share in (50, 90, 100)]
 
 
@@ -579,13 +575,9 @@ def report(out: Path) -> str:
         parts += [f"## {env}\n", table(FIRST, found, clock)]
         if any(name in row for row in found.values() for name, *_ in SECOND[1:]):
             parts.append(table(SECOND, found, clock))
-    other = {key: best[key[0]] for key in results if key[0] in best}
-    for word, kinds in (
-        (("dense", references), ("the best dense", other)) if other != references else [("dense", references)]
-    ):
-        usable, estimates = sad.across(
-            results, {(env, kind): results[env, dense] for (env, kind), dense in kinds.items()}, 1
-        )
+    by_best = {key: best[key[0]] for key in results if key[0] in best}
+    for word, kinds in {"dense": references, **({"the best dense": by_best} if by_best != references else {})}.items():
+        usable, estimates = sad.across(results, {key: results[key[0], kind] for key, kind in kinds.items()}, 1)
         if estimates:
             parts += [f"## {', '.join(usable)}: ratio to the mean of {word}\n", sad.returns_table(estimates, ".2f")]
             parts += ["Intervals are resampled within each environment (stratified), dense too."]
@@ -603,7 +595,8 @@ def report(out: Path) -> str:
 def plot_curves(results: dict, envs: list[str], path: Path) -> None:
     """Over steps, and over hours where runs noted them."""
     clocks = any(map(timed, results.values()))
-    figure, axes = sad.panels(1 + clocks, len(envs), 6, 4.2, sharey="row")
+    figure, axes = sad.panels(2, len(envs), 6, 4.2, sharey="row") if clocks else sad.panels(len(envs), 1, 6, 4.2)
+    axes = axes if clocks else axes.T  # [steps, hours; environments]
     for (env, kind), runs in results.items():
         left, *right = axes[:, envs.index(env)]
         look, curves = sad.looks(results)[kind], [(run.steps / 1e3, run.returns) for run in runs]
@@ -627,10 +620,8 @@ def plan_sweep(tasks: list[Task], out: Path) -> None:
     plan = read_plan(out)
     for task in tasks:
         if (before := plan.get(task.name, task)).flags != task.flags:
-            flags = shlex.join(before.flags) or "none"
-            raise UsageError(
-                f"--out {out}: {task.name} was started with other flags ({flags}); give those, or a new --out"
-            )
+            which = f"{task.name} was started with other flags ({shlex.join(before.flags) or 'none'})"
+            raise UsageError(f"--out {out}: {which}; give those, or a new --out")
     entries = {name: astuple(task)[:6] for name, task in (plan | {task.name: task for task in tasks}).items()}
     (out / "sweep.incomplete").write_text(json.dumps(entries, indent=1))
     os.replace(out / "sweep.incomplete", out / "sweep.json")

@@ -339,7 +339,7 @@ def test_report_says_what_an_hour_buys(monkeypatch):
     assert column(text, "A", "dense", "hours") == "2.00" and column(text, "A", "1:4", "steps/s") == "0"
     assert column(text, "A", "dense", "return by 0.50 h").startswith("250 [")  # a quarter of its time
     assert column(text, "A", "1:4", "return by 0.50 h") == "400 [250, 550]"
-    assert column(text, "A", "1:4", "to dense by then") == "1.60 [1.00, 2.20]"
+    assert column(text, "A", "1:4", "to dense then") == "1.60 [1.00, 2.20]"
     assert column(text, "A", "1:8", "return by 0.50 h").startswith("250 [")
     assert column(text, "A", "dense", "hours to 50 %") == "1.00 [1.00, 1.00], 2 of 2"
     assert column(text, "A", "1:4", "hours to 50 %") == "0.75 [0.50, 1.00], 2 of 2"
