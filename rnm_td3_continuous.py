@@ -40,6 +40,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -377,7 +378,7 @@ def train(args: Args) -> tuple[TD3, ReplayBuffer, Path]:
     """
     check_args(args)
     env = make_env(args.env_id, args.capture_video)
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if args.cuda and args.backend != "native" and torch.cuda.is_available() else "cpu")
     random.seed(args.seed)
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
@@ -611,6 +612,13 @@ class SemiStructuredLinear(CompiledLinear):
         self.product_dtype = torch.float32 if options["m"] == 2 else product_dtype
         super().__init__(*sizes, **options)
 
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, n: int, m: int, **options) -> NMLinear:
+        """Layers below the kernels' 32 rows are masked, in float32: where Q is 300, bfloat16 knows steps of 2 alone."""
+        if linear.out_features < 32:
+            return NMLinear.from_linear(linear, n, m)
+        return super().from_linear(linear, n, m, **options)
+
     def index_changed(self) -> None:
         kind, mask = self.pad(self.mask())
         conversions, cutlass = torch.sparse._semi_structured_conversions, kind is CUTLASS
@@ -633,9 +641,10 @@ class SemiStructuredLinear(CompiledLinear):
 
     def packed_weight(self) -> torch.Tensor:
         """W~ [R, C], padded. CUTLASS takes `values` as they lie, and new metadata only for a new mask."""
+        if self.layout is None:  # cuSPARSELt compresses anew
+            kind, weight = self.pad(self.sparse_weight().detach())
+            return kind.from_dense(weight)
         kind, packed = self.pad(self.values.detach(), columns=2)
-        if kind is CUSPARSELT:  # compresses anew
-            return kind.from_dense(self.pad(self.sparse_weight().detach())[1])
         return kind(torch.Size([packed.shape[0], 2 * packed.shape[1]]), packed, self.layout, None, None, None)
 
 
@@ -677,7 +686,7 @@ def choose_backend(backend: str, n: int, m: int, device: torch.device, sizes: tu
         if capability >= (9, 0) and not torch.backends.cusparselt.is_available():
             raise UsageError("--backend semi_structured needs a torch with cuSPARSELt on this GPU; try auto")
     if backend == "native" and device.type != "cpu":
-        raise UsageError("--backend native is for the CPU; add --no-cuda, or try auto")
+        raise UsageError("--backend native is for the CPU; try auto")
     wanted = device.type == "cpu" and 2 * n <= m and torch.get_default_dtype() == torch.float32
     if backend == "native" or (backend == "auto" and wanted):
         weights = max(a * b * n // m for a, b in zip(sizes, (*sizes[1:], 1), strict=True))
@@ -698,9 +707,35 @@ def layer_options(args: Args, device: torch.device) -> dict:
     return {"backend": backend, **dtype}
 
 
+def try_products(args: Args, obs_dim: int, action_dim: int, device: torch.device) -> None:
+    """One forward product of each shape that a run needs. Raises UsageError where PyTorch lacks a kernel for it."""
+    hidden, dtype = args.hidden_sizes, getattr(torch, args.semi_structured_dtype)
+    for first, last in ((obs_dim, action_dim), (obs_dim + action_dim, 1)):
+        for columns, rows in pairwise((first, *hidden, last)):
+            layer = nn.Linear(columns, rows, device=device)
+            layer = SemiStructuredLinear.from_linear(layer, args.n, args.m, product_dtype=dtype)
+            try:
+                for batch_size in (1, args.batch_size):
+                    layer(torch.zeros(batch_size, columns, device=device))
+            except (RuntimeError, NotImplementedError) as error:
+                reason = str(error).splitlines()[0]
+                raise UsageError(f"--backend semi_structured: {columns} x {rows}: {reason}; try auto") from error
+
+
 def choose_agent(args: Args, obs_dim: int, action_dim: int, device: torch.device) -> type[TD3]:
     """TD3, or NativeTD3 where it can be had. Settles `args.backend`. Raises UsageError."""
-    args.backend = choose_backend(args.backend, args.n, args.m, device, (obs_dim + action_dim, *args.hidden_sizes))
+    options = args.n, args.m, device, (obs_dim + action_dim, *args.hidden_sizes)
+    try:
+        args.backend = choose_backend(args.backend, *options)
+        if args.backend == "semi_structured":
+            try_products(args, obs_dim, action_dim, device)
+    except UsageError as problem:
+        if not args.resume:
+            raise
+        print(f"note: the run to resume had a backend that this machine lacks: {problem}", file=sys.stderr)
+        args.backend = choose_backend("auto", *options)
+    if args.backend == "native" and args.cuda and torch.cuda.is_available():
+        print("--backend native: on the CPU, though there is a GPU", file=sys.stderr)
     return NativeTD3 if args.backend == "native" else TD3
 
 
@@ -778,6 +813,8 @@ def enough_memory() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, TypeError) as error:
+        if not re.search("memory|overflow|argument 'size'", str(error)):
+            raise
         raise UsageError(f"no memory for --hidden-sizes or --buffer-size; lower them: {error!r}") from error
 
 
@@ -871,7 +908,8 @@ class Run:
         """Takes the run folder for this process alone. Raises UsageError."""
         self.args, self.agent, self.buffer, self.env, self.device = args, agent, buffer, env, device
         versions = {name: importlib.metadata.version(name) for name in ("torch", "gymnasium", "mujoco", "numpy")}
-        machine = {"device": str(device), "cpu": torch.backends.cpu.get_cpu_capability(), "versions": versions}
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+        machine = {"device": name, "cpu": torch.backends.cpu.get_cpu_capability(), "versions": versions}
         machine |= {"num_threads": torch.get_num_threads(), "obs_dim": buffer.widths[0], "action_dim": buffer.widths[1]}
         self.config = {**vars(args), **machine}
         self.eval_env = make_env(args.env_id)
@@ -1077,7 +1115,7 @@ class Run:
         common = config.keys() & self.config.keys() - HARMLESS  # a flag that is new since then has its default
         for name in sorted(name for name in common if self.config[name] != config[name]):
             difference = f"{name} is {self.config[name]}, {config[name]} in the run to resume"
-            if name in Args.__dataclass_fields__:
+            if name in Args.__dataclass_fields__.keys() - OF_THE_MACHINE:
                 raise UsageError(f"--resume: {difference}, whose result it would change; drop it, or start a new run")
             print(f"note: {difference}; the last bits of the results may differ", file=sys.stderr)
         if step > total:
@@ -1148,7 +1186,8 @@ class SparseRun(Run):
             os.truncate(path, min(self.rows[path.name], path.stat().st_size))  # to where the checkpoint was
         self.masks = flat_masks(self.agent)
         if not self.args.resume:
-            self.scalars({f"density/{name}": density(network) for name, network in self.agent.networks.items()})
+            networks = {**self.agent.networks, "total": nn.ModuleDict(self.agent.networks)}
+            self.scalars({f"density/{name}": density(network) for name, network in networks.items()})
             self.save_masks(0)
 
     def log_projection(self, update: int, changed: dict[str, int]) -> None:
@@ -1222,6 +1261,7 @@ def claim_run_folder(args: Args) -> tuple[Path, FileLock]:
 # Flags that may change when a run is resumed: its training stays the same to the bit.
 HARMLESS = {"total_timesteps", "checkpoint_interval", "overlap", "profile", "save_model", "resume"}
 HARMLESS |= {"capture_video", "track", "wandb_project_name", "wandb_entity"}
+OF_THE_MACHINE = {"cuda", "backend"}  # a run may go on on another one; that it is not the same to the bit is said
 
 
 class Checkpoints:

@@ -387,6 +387,8 @@ def enough_memory() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, TypeError) as error:
+        if not re.search("memory|overflow|argument 'size'", str(error)):
+            raise
         raise UsageError(f"no memory for --hidden-sizes or --buffer-size; lower them: {error!r}") from error
 
 
@@ -480,7 +482,8 @@ class Run:
         """Takes the run folder for this process alone. Raises UsageError."""
         self.args, self.agent, self.buffer, self.env, self.device = args, agent, buffer, env, device
         versions = {name: importlib.metadata.version(name) for name in ("torch", "gymnasium", "mujoco", "numpy")}
-        machine = {"device": str(device), "cpu": torch.backends.cpu.get_cpu_capability(), "versions": versions}
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+        machine = {"device": name, "cpu": torch.backends.cpu.get_cpu_capability(), "versions": versions}
         machine |= {"num_threads": torch.get_num_threads(), "obs_dim": buffer.widths[0], "action_dim": buffer.widths[1]}
         self.config = {**vars(args), **machine}
         self.eval_env = make_env(args.env_id)
@@ -686,7 +689,7 @@ class Run:
         common = config.keys() & self.config.keys() - HARMLESS  # a flag that is new since then has its default
         for name in sorted(name for name in common if self.config[name] != config[name]):
             difference = f"{name} is {self.config[name]}, {config[name]} in the run to resume"
-            if name in Args.__dataclass_fields__:
+            if name in Args.__dataclass_fields__.keys() - OF_THE_MACHINE:
                 raise UsageError(f"--resume: {difference}, whose result it would change; drop it, or start a new run")
             print(f"note: {difference}; the last bits of the results may differ", file=sys.stderr)
         if step > total:
@@ -775,6 +778,7 @@ def claim_run_folder(args: Args) -> tuple[Path, FileLock]:
 # Flags that may change when a run is resumed: its training stays the same to the bit.
 HARMLESS = {"total_timesteps", "checkpoint_interval", "overlap", "profile", "save_model", "resume"}
 HARMLESS |= {"capture_video", "track", "wandb_project_name", "wandb_entity"}
+OF_THE_MACHINE = {"cuda", "backend"}  # a run may go on on another one; that it is not the same to the bit is said
 
 
 class Checkpoints:

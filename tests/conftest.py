@@ -7,5 +7,13 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
+def no_gpu(request, monkeypatch):
+    """Tests that are not marked `cuda` run as on a machine without one, in processes that they start as well."""
+    if request.node.get_closest_marker("cuda") is None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture(autouse=True)
 def in_tmp_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

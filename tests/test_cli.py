@@ -10,6 +10,7 @@ from pathlib import Path
 
 import environments  # noqa: F401
 import pytest
+import torch
 
 import rnm_td3_continuous as rnm
 import td3_continuous as td3
@@ -168,3 +169,11 @@ def test_weights_and_biases_that_cannot_start():
         assert err.splitlines()[-1].startswith("error: --track: ") and "set WANDB_MODE=offline" in err
         assert "Traceback" not in err
     assert list(Path("runs").iterdir()) == [folder] and (folder / "config.json").read_text() == config
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_other_errors_are_not_called_a_lack_of_memory(script):
+    with pytest.raises(RuntimeError, match="no kernel image"), script.enough_memory():
+        raise RuntimeError("CUDA error: no kernel image is available")
+    with pytest.raises(script.UsageError, match="no memory for"), script.enough_memory():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")

@@ -369,3 +369,38 @@ def test_between_two_episodes_every_environment_is_its_generators(env_id):
             resets += 1
             assert (first.reset()[0] == second.reset()[0]).all()
     assert resets > 0
+
+
+def test_a_run_of_the_cpu_kernels_goes_on_on_the_cpu_of_a_machine_with_a_gpu(monkeypatch, capsys):
+    if problem := rnm.load_kernels():
+        pytest.skip(problem)
+    settings = {**SMALL, "n": 1, "checkpoint_interval": 10}
+    whole = contents(*rnm.train(rnm.Args(**settings, exp_name="whole")))
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        stop_at(rnm, 30, patch)
+        rnm.train(rnm.Args(**settings, exp_name="parts"))
+    (folder,) = Path("runs").glob("*__parts__*")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    saved = json.loads((folder / "config.json").read_text())
+    assert saved["backend"] == "native"  # what `auto` was there, and what `main` takes as the default
+    parts = contents(*rnm.train(rnm.Args(**settings, backend="native", exp_name="parts", resume=str(folder))))
+    assert "--backend native: on the CPU, though there is a GPU" in capsys.readouterr().err
+    assert_equal(whole, parts)
+
+
+def test_a_run_of_a_gpu_goes_on_on_a_machine_without_one(capsys):
+    """Begun with `masked` here, and made to look as begun on a GPU: what is computed with is not kept."""
+    settings = {**SMALL, "backend": "masked", "checkpoint_interval": 10}
+    _, _, folder = rnm.train(rnm.Args(**{**settings, "total_timesteps": 30}))
+    newest = max((folder / "checkpoints").glob("*.pt"))
+    state = torch.load(newest, weights_only=True)
+    state["config"] |= {"backend": "semi_structured", "device": "NVIDIA H100"}
+    torch.save(state, newest)
+    capsys.readouterr()
+    agent, _, _ = rnm.train(rnm.Args(**{**settings, "backend": "semi_structured"}, resume=str(folder)))
+    err = capsys.readouterr().err
+    assert "note: the run to resume had a backend that this machine lacks: --backend semi_structured needs a GPU" in err
+    assert "note: device is cpu, NVIDIA H100 in the run to resume; the last bits of the results may differ" in err
+    assert "note: backend is " in err and agent.args.backend in ("native", "masked")
+    with pytest.raises(rnm.UsageError, match="semi_structured needs a GPU"):
+        rnm.train(rnm.Args(**{**settings, "backend": "semi_structured"}))
