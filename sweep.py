@@ -314,6 +314,7 @@ def usable_cores() -> int | None:
 
 def attempt(task: Task) -> tuple[str, bool]:
     """What went wrong, if anything, and whether to try again. Returned, since Ray prints what is raised."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # Ray's cancel; ignored where a script started the sweep
     try:
         return run_task(task) and "", False
     except (Failed, UsageError) as error:

@@ -501,7 +501,13 @@ def test_a_sweep_that_is_interrupted_loses_nothing(number, cores):
     usable = sorted(os.sched_getaffinity(0))[:cores]
     arguments = [*SWEEP, "--total-timesteps", 10**6, f"--flags={TINY} --checkpoint-interval 1000000"]
     command = [sys.executable, SCRIPT, *map(str, arguments)]
-    options = {"preexec_fn": lambda: os.sched_setaffinity(0, usable)}
+
+    def begin():
+        os.sched_setaffinity(0, usable)
+        if number == signal.SIGTERM:  # as where a script started it in the background
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    options = {"preexec_fn": begin}
     driver = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True, **options)
     plan = tasks(total=10**6, flags=f"{TINY} --checkpoint-interval 1000000")
     while sum(sweep.steps_done(task) > 200 for task in plan) < len(usable):
