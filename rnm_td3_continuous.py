@@ -641,10 +641,9 @@ class SemiStructuredLinear(CompiledLinear):
 
     def packed_weight(self) -> torch.Tensor:
         """W~ [R, C], padded. CUTLASS takes `values` as they lie, and new metadata only for a new mask."""
-        if self.layout is None:  # cuSPARSELt compresses anew
-            kind, weight = self.pad(self.sparse_weight().detach())
-            return kind.from_dense(weight)
         kind, packed = self.pad(self.values.detach(), columns=2)
+        if kind is CUSPARSELT:  # compresses anew
+            return kind.from_dense(self.pad(self.sparse_weight().detach())[1])
         return kind(torch.Size([packed.shape[0], 2 * packed.shape[1]]), packed, self.layout, None, None, None)
 
 
@@ -712,8 +711,9 @@ def try_products(args: Args, obs_dim: int, action_dim: int, device: torch.device
     hidden, dtype = args.hidden_sizes, getattr(torch, args.semi_structured_dtype)
     for first, last in ((obs_dim, action_dim), (obs_dim + action_dim, 1)):
         for columns, rows in pairwise((first, *hidden, last)):
-            layer = nn.Linear(columns, rows, device=device)
-            layer = SemiStructuredLinear.from_linear(layer, args.n, args.m, product_dtype=dtype)
+            linear = nn.utils.skip_init(nn.Linear, columns, rows, device=device)  # draws no random numbers
+            nn.init.zeros_(linear.weight)
+            layer = SemiStructuredLinear.from_linear(linear, args.n, args.m, product_dtype=dtype)
             try:
                 for batch_size in (1, args.batch_size):
                     layer(torch.zeros(batch_size, columns, device=device))

@@ -35,7 +35,18 @@ LEAST_RUNS = 8  # for a correlation
 # what two runs may differ in and be seeds of the same: what does not change training, or is compared by itself
 ALIKE = {"seed", "exp_name", "track", "wandb_project_name", "wandb_entity", "capture_video", "save_model", "evaluate"}
 ALIKE |= {"resume", "checkpoint_interval", "eval_interval", "eval_episodes", "overlap", "profile", "cuda", "backend"}
-ALIKE |= {"save_masks", "device", "cpu", "num_threads", "versions", "n", "m", "mask_update_interval"}
+ALIKE |= {
+    "obs_dim",
+    "action_dim",
+    "save_masks",
+    "device",
+    "cpu",
+    "num_threads",
+    "versions",
+    "n",
+    "m",
+    "mask_update_interval",
+}
 RESAMPLES = 10_000  # of the bootstrap
 
 
@@ -308,16 +319,23 @@ class Run:
         return float(self.returns[-LAST:].mean()) if self.finished else None
 
 
-def find_runs(paths: Sequence[str]) -> list[Path]:
+def find_runs(paths: tuple[str, ...]) -> list[Path]:
     """Run folders that are given, or lie in given folders. Raises UsageError."""
-    found = {}
-    for path in paths or ("",):
-        places = [Path(match).resolve() for match in sorted(glob.glob(path))]
-        inside = [sorted(place.glob("config.json")) or sorted(place.glob("*/config.json")) for place in places]
-        found |= {config.parent: None for configs in inside for config in configs}
-        if not any(inside):
-            raise UsageError(f"{path or 'no folder given'}: no runs there; give run folders, or --example")
-    return list(found)
+    found = []
+    for path in paths:
+        matches = [Path(match).resolve() for match in sorted(glob.glob(path))]
+        if not matches:
+            raise UsageError(f"{path}: no such folder")
+        for match in matches:
+            inside = sorted(config.parent for config in match.glob("*/config.json"))
+            if (match / "config.json").exists():
+                inside = [match]
+            elif not inside:
+                print(f"{match} is left out: no config.json", file=sys.stderr)
+            found += inside
+    if not found:
+        raise UsageError(f"{' '.join(paths) or 'no folder given'}: no runs there; give run folders, or --example")
+    return list(dict.fromkeys(found))
 
 
 def separate(runs: list[Run]) -> list[Run]:

@@ -316,7 +316,8 @@ def attempt(task: Task) -> tuple[str, bool]:
     """What went wrong, if anything, and whether to try again. Returned, since Ray prints what is raised."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # Ray's cancel; ignored where a script started the sweep
     try:
-        return run_task(task) and "", False
+        run_task(task)
+        return "", False
     except (Failed, UsageError) as error:
         return str(error), isinstance(error, Failed)
 
@@ -519,11 +520,16 @@ def figures(runs: list[Run], dense: list[Run] | None, best: list[Run] | None, cl
     return found
 
 
+def number(name: str, value: float, form: str) -> str:
+    return "never" if name.startswith("hours_to") and value > NEVER / 1000 else f"{value:{form}}"
+
+
 def cell(found: dict[str, tuple], name: str, form: str) -> str:
     """Empty where there is no such figure."""
     if name == "mean":
         return f"{found[name][0]:.4g} +- " + (f"{found['std'][0]:.3g}" if found["seeds"][0] > 1 else "-")
-    text = re.sub(r"\d{7,}\.\d+", "never", with_interval(*found[name], form)) if name in found else ""
+    numbers = [number(name, x, form) for x in (found[name][0], *(found[name][1] or ()))] if name in found else [""]
+    text = with_interval(numbers[0], numbers[1:], "")
     reached = found.get(name.replace("hours_to", "reached")) if "hours_to" in name else None
     return f"{text}, {reached[0]} of {found['seeds'][0]}" if reached else text
 
@@ -570,9 +576,8 @@ def report(out: Path) -> str:
             others = references.get((env, kind)), best[env] if len(dense[env]) > 1 else None
             found[kind] = figures(runs, *[mine.get(other) for other in others], clock)
             for name, (value, bounds) in found[kind].items():
-                three = [value, *(bounds or (np.nan, np.nan))]
-                numbers = ["" if np.isnan(x) else f"{x:.6g}" if x < NEVER / 2 else "never" for x in three]
-                rows.append([env, kind, name, *numbers])
+                numbers = [number(name, x, ".6g") for x in (value, *(bounds or ()))]
+                rows.append([env, kind, name, *numbers, *["", ""][len(numbers) - 1 :]])
         parts += [f"## {env}\n", table(FIRST, found, clock)]
         if any(name in row for row in found.values() for name, *_ in SECOND[1:]):
             parts.append(table(SECOND, found, clock))
@@ -655,18 +660,20 @@ def sweep(args: Args) -> int:
         return 0
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with FileLock(out / "sweep.lock", timeout=0):
-            plan_sweep(tasks, out)
-            if args.slurm:
-                print(shlex.join(["sbatch", str(write_slurm(len(tasks), out))]))
-                return 0
-            print(f"{len(tasks)} runs; each can be repeated by its line in {out / 'commands.txt'}", flush=True)
-            began = time.time()
-            failed = run_on_ray(tasks, args)
+        lock = FileLock(out / "sweep.lock", timeout=0).acquire()
+        plan_sweep(tasks, out)
+        script = write_slurm(len(tasks), out) if args.slurm else None
     except Timeout as error:
         raise UsageError(f"--out {out}: another sweep is at work there; wait for it, or give another --out") from error
     except OSError as error:
         raise UsageError(f"--out {out}: cannot be written: {error.strerror}") from error
+    with lock:
+        if script:
+            print(shlex.join(["sbatch", str(script)]))
+            return 0
+        print(f"{len(tasks)} runs; each can be repeated by its line in {out / 'commands.txt'}", flush=True)
+        began = time.time()
+        failed = run_on_ray(tasks, args)
     print(f"{(time.time() - began) / 3600:.2f} h; python sweep.py --report {shlex.quote(str(out))}")
     return 1 if failed else 0
 

@@ -214,6 +214,7 @@ def test_runs_that_differ_in_other_flags_are_no_seeds_of_one_another(capsys):
     runs = [run_of("A", 10, seed, 5) for seed in (1, 2, 3, 1)]
     runs[1].config["tau"], runs[2].config["tau"] = 0.1, 0.2
     runs[0].config["checkpoint_interval"] = 7
+    runs[1].config["obs_dim"] = 17  # which older versions did not note
     runs[3].folder = Path("newer")
     kept = sad.separate(runs)
     assert [run.group[3] for run in kept] == [", tau None", ", tau 0.1", ", tau 0.2"] and kept[0] is runs[3]
@@ -438,7 +439,7 @@ def test_bad_input_gets_one_line_and_exit_code_2(monkeypatch, capsys, real_runs)
     Path("file").write_text("")
     cases = {
         (): "error: no folder given: no runs there; give run folders, or --example",
-        ("nowhere/*",): "error: nowhere/*: no runs there",
+        ("nowhere/*",): "error: nowhere/*: no such folder",
         ("empty",): "error: empty: no runs there",
         (real_runs[0], "--points", "1"): "error: --points and --matrix-size have to be 2 or more",
         (real_runs[0], "--seed", "-1"): "error: --points and --matrix-size have to be 2 or more, --seed 0 or more",
