@@ -176,7 +176,7 @@ class NMLinear(nn.Module):
     def polyak_(self, online: NMLinear, tau: float) -> None:
         """W' <- tau W + (1 - tau) W' over all entries, active or not; the mask E' stays. b' likewise."""
         master = self.sync().lerp_(online.sync(), tau)  # in place: it is self.master
-        self.values.copy_(master.gather(1, self.index))
+        torch.gather(master, 1, self.index, out=self.values)
         if self.bias is not None:
             self.bias.lerp_(online.bias, tau)
 
@@ -192,7 +192,7 @@ class NMLinear(nn.Module):
             master.scatter_(1, self.index, active)
         self.index.copy_(self._projected_index() if index is None else index)
         for active, master in pairs:
-            active.copy_(master.gather(1, self.index))
+            torch.gather(master, 1, self.index, out=active)
         return int((self.mask() != old_mask).sum())
 
     def moments(self, optimizer: torch.optim.Optimizer | None) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -619,32 +619,35 @@ class SemiStructuredLinear(CompiledLinear):
             return NMLinear.from_linear(linear, n, m)
         return super().from_linear(linear, n, m, **options)
 
+    def _apply(self, *arguments) -> nn.Module:
+        super()._apply(*arguments)
+        self.index_changed()  # moved to a GPU of another kind, perhaps
+        return self
+
     def index_changed(self) -> None:
-        kind, mask = self.pad(self.mask())
-        conversions, cutlass = torch.sparse._semi_structured_conversions, kind is CUTLASS
-        layout = conversions.sparse_semi_structured_from_dense_cutlass(mask)[1] if cutlass else None
+        device, conversions = self.values.device, torch.sparse._semi_structured_conversions
+        later = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+        self.kind = CUSPARSELT if later else CUTLASS  # PyTorch's type of tensor for this layer
+        layout = None if later else conversions.sparse_semi_structured_from_dense_cutlass(self.pad(self.mask()))[1]
         self.register_buffer("layout", layout, persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = SemiStructuredProduct.apply(x.reshape(-1, self.in_features), self.values, self)
         return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], self.out_features)
 
-    def pad(self, matrix: torch.Tensor, columns: int = 1) -> tuple[type, torch.Tensor]:
-        """PyTorch's type of tensor for this layer, and `matrix` padded with zeros to its shape; rows: C / `columns`."""
-        device = self.values.device
-        later = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-        kind = CUSPARSELT if later else CUTLASS
-        limits = kind._DTYPE_SHAPE_CONSTRAINTS[self.product_dtype]
+    def pad(self, matrix: torch.Tensor, columns: int = 1) -> torch.Tensor:
+        """`matrix` padded with zeros to the shape that the product takes; in rows of C / `columns`."""
+        limits = self.kind._DTYPE_SHAPE_CONSTRAINTS[self.product_dtype]
         rows = math.ceil(self.out_features / limits.sparse_min_rows) * limits.sparse_min_rows
         width = math.ceil(self.in_features / limits.sparse_min_cols) * limits.sparse_min_cols // columns
-        return kind, F.pad(matrix.to(self.product_dtype), (0, width - matrix.shape[1], 0, rows - matrix.shape[0]))
+        return F.pad(matrix.to(self.product_dtype), (0, width - matrix.shape[1], 0, rows - matrix.shape[0]))
 
     def packed_weight(self) -> torch.Tensor:
         """W~ [R, C], padded. CUTLASS takes `values` as they lie, and new metadata only for a new mask."""
-        kind, packed = self.pad(self.values.detach(), columns=2)
-        if kind is CUSPARSELT:  # compresses anew
-            return kind.from_dense(self.pad(self.sparse_weight().detach())[1])
-        return kind(torch.Size([packed.shape[0], 2 * packed.shape[1]]), packed, self.layout, None, None, None)
+        if self.kind is CUSPARSELT:  # compresses anew
+            return self.kind.from_dense(self.pad(self.sparse_weight().detach()))
+        packed = self.pad(self.values.detach(), columns=2)
+        return self.kind(torch.Size([packed.shape[0], 2 * packed.shape[1]]), packed, self.layout, None, None, None)
 
 
 class SemiStructuredProduct(torch.autograd.Function):
@@ -662,9 +665,12 @@ class SemiStructuredProduct(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: torch.Tensor):
         (x, values, index), grad = ctx.saved_tensors, grad.to(ctx.layer.product_dtype)
-        weight = torch.zeros_like(ctx.layer.master).scatter_(1, index, values).to(grad.dtype)
-        dx = (grad @ weight).to(ctx.dtype) if ctx.needs_input_grad[0] else None
-        dw = (grad.t() @ x).gather(1, index).to(values.dtype) if ctx.needs_input_grad[1] else None
+        dx = dw = None
+        if ctx.needs_input_grad[0]:
+            weight = torch.zeros_like(ctx.layer.master).scatter_(1, index, values).to(grad.dtype)
+            dx = (grad @ weight).to(ctx.dtype)
+        if ctx.needs_input_grad[1]:
+            dw = (grad.t() @ x).gather(1, index).to(values.dtype)
         return dx, dw, None
 
 
@@ -898,6 +904,15 @@ def evaluate(policy: Callable[[np.ndarray], np.ndarray], env: gym.Env, episodes:
 # ---------------------------------------------------------------- runs
 
 
+def on_cpu(network: nn.Module) -> nn.Module:
+    """Copy on the CPU that computes the same in dense layers, with zeros in place of inactive weights."""
+    network = copy.deepcopy(network)
+    for name, layer in list(network.named_modules()):
+        if isinstance(layer, NMLinear):
+            network.set_submodule(name, layer.to_linear())
+    return network.cpu()
+
+
 class Run:
     """What surrounds a training loop: run folder, logs, evaluations, checkpoints, signals, overlap, profile.
 
@@ -990,8 +1005,9 @@ class Run:
         return interval > 0 and (self.step % interval == 0 or self.step == self.args.total_timesteps)
 
     def evaluate(self) -> None:
-        start = time.monotonic()
-        returns = evaluate(self.agent.actor.act, self.eval_env, self.args.eval_episodes, self.args.seed + 100)
+        start, actor = time.monotonic(), self.agent.actor
+        actor = actor if self.device.type == "cpu" else on_cpu(actor)  # single observations keep a GPU waiting
+        returns = evaluate(actor.act, self.eval_env, self.args.eval_episodes, self.args.seed + 100)
         seconds = time.monotonic() - start
         self.clock, self.deadline = self.clock + seconds, self.deadline + seconds
         self.last_evaluation, std = float(np.mean(returns)), float(np.std(returns))
@@ -1409,6 +1425,8 @@ def main() -> int:
                 raise UsageError(f"--resume {args.resume}: not a run folder of this script: {error}") from error
             check_import(saved.env_id, args)
             args = tyro.cli(Args, description=__doc__, default=saved)
+        if args.profile:
+            os.environ["CUDA_LAUNCH_BLOCKING"] = "1"  # the time of a kernel counts where it is launched
         train(args) if args.evaluate is None else evaluate_model(args)
     except (UsageError, EnvironmentFault, FloatingPointError, OSError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)  # one line, whatever a library had to say

@@ -344,7 +344,8 @@ def run_on_ray(tasks: list[Task], args: Args) -> int:
         print(f"--gpus {args.gpus:g}: the cluster has {there:g} GPUs now; runs wait until it has more", flush=True)
     # max_retries: of lost nodes; a task looks where its run is when it starts
     remote = ray.remote(num_cpus=1, num_gpus=args.gpus, max_retries=args.retries)(attempt)
-    waiting, finished, failed, tried = {remote.remote(task): task for task in tasks}, 0, 0, Counter()
+    in_order = sorted(tasks, key=lambda task: not task.finished())  # what has ended counts from the start
+    waiting, finished, failed, tried = {remote.remote(task): task for task in in_order}, 0, 0, Counter()
     began, shown = (time.time(), sum(map(steps_done, tasks))), 0.0
     stopped = []  # since Ray raises KeyboardInterrupt, whatever a handler has raised
     signal.signal(signal.SIGTERM, lambda *event: (stopped.append(event[0]), signal.default_int_handler(*event)))

@@ -472,6 +472,11 @@ def evaluate(policy: Callable[[np.ndarray], np.ndarray], env: gym.Env, episodes:
 # ---------------------------------------------------------------- runs
 
 
+def on_cpu(network: nn.Module) -> nn.Module:
+    """Copy on the CPU."""
+    return copy.deepcopy(network).cpu()
+
+
 class Run:
     """What surrounds a training loop: run folder, logs, evaluations, checkpoints, signals, overlap, profile.
 
@@ -564,8 +569,9 @@ class Run:
         return interval > 0 and (self.step % interval == 0 or self.step == self.args.total_timesteps)
 
     def evaluate(self) -> None:
-        start = time.monotonic()
-        returns = evaluate(self.agent.actor.act, self.eval_env, self.args.eval_episodes, self.args.seed + 100)
+        start, actor = time.monotonic(), self.agent.actor
+        actor = actor if self.device.type == "cpu" else on_cpu(actor)  # single observations keep a GPU waiting
+        returns = evaluate(actor.act, self.eval_env, self.args.eval_episodes, self.args.seed + 100)
         seconds = time.monotonic() - start
         self.clock, self.deadline = self.clock + seconds, self.deadline + seconds
         self.last_evaluation, std = float(np.mean(returns)), float(np.std(returns))
@@ -922,6 +928,8 @@ def main() -> int:
                 raise UsageError(f"--resume {args.resume}: not a run folder of this script: {error}") from error
             check_import(saved.env_id, args)
             args = tyro.cli(Args, description=__doc__, default=saved)
+        if args.profile:
+            os.environ["CUDA_LAUNCH_BLOCKING"] = "1"  # the time of a kernel counts where it is launched
         train(args) if args.evaluate is None else evaluate_model(args)
     except (UsageError, EnvironmentFault, FloatingPointError, OSError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)  # one line, whatever a library had to say

@@ -177,3 +177,14 @@ def test_other_errors_are_not_called_a_lack_of_memory(script):
         raise RuntimeError("CUDA error: no kernel image is available")
     with pytest.raises(script.UsageError, match="no memory for"), script.enough_memory():
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("profile", [True, False])
+def test_a_profile_waits_for_the_gpu(script, profile, monkeypatch):
+    """CUDA reads the variable when it is first used, which is in `train`."""
+    seen = []
+    monkeypatch.setenv("CUDA_LAUNCH_BLOCKING", "0")
+    monkeypatch.setattr(script, "train", lambda args: seen.append(os.environ["CUDA_LAUNCH_BLOCKING"]))
+    monkeypatch.setattr(sys, "argv", ["script", *["--profile"] * profile])
+    assert script.main() == 0 and seen == ["1" if profile else "0"]

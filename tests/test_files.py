@@ -14,7 +14,7 @@ SPARSE, DENSE = ((ROOT / name).read_text() for name in ("rnm_td3_continuous.py",
 PART_2 = re.compile(r"^# =+ Part 2: the machine room$", re.MULTILINE)
 # What the method touches; everything else that both define is the same, word for word.
 DIFFERENT = [{"Args", "TD3", "train"}, {"check_args", "MODEL_FORMAT", "CHECKPOINT_FORMAT"}]
-DIFFERENT[1] |= {"save_model", "read_model", "load_actor"}
+DIFFERENT[1] |= {"save_model", "read_model", "load_actor", "on_cpu"}
 ADDED = [
     {"nm_mask", "NMLinear", "sparsify"},
     {"CompiledLinear", "NativeLinear", "NMSequential", "NativeActor", "NativeTD3"},
@@ -26,7 +26,7 @@ ADDED[1] |= {"try_products"}
 ADDED[1] |= {"BACKENDS", "choose_backend", "layer_options", "choose_agent", "SparseRun", "density", "flat_masks"}
 FUSED = {"FusedTD3", "product", "one_dnn", "forward", "backward", "step"}  # what the kernels compete with
 # Lines at most: Part 1 and the whole of each script, its training loop, what `diff` shows between the two Parts 1.
-LENGTHS = {"rnm_td3_continuous.py": (450, 1422), "td3_continuous.py": (300, 935), "loop": 60, "diff": 162}
+LENGTHS = {"rnm_td3_continuous.py": (450, 1440), "td3_continuous.py": (300, 943), "loop": 60, "diff": 162}
 LENGTHS |= {"nm_kernels.cpp": 700, "README.md": 160}
 
 

@@ -1,8 +1,14 @@
 """PyTorch's semi-structured tensors: what can be checked without a GPU, and, marked `cuda`, what cannot."""
 
 import copy
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
+import conftest
 import numpy as np
 import pytest
 import torch
@@ -12,6 +18,7 @@ from torch.sparse._semi_structured_conversions import (
     sparse_semi_structured_from_dense_cutlass,
     sparse_semi_structured_to_dense_cutlass,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import rnm_td3_continuous
 from rnm_td3_continuous import (
@@ -22,6 +29,7 @@ from rnm_td3_continuous import (
     SemiStructuredLinear,
     UsageError,
     choose_backend,
+    on_cpu,
     try_products,
 )
 
@@ -44,8 +52,7 @@ def assert_unpacks(weight, layer):
 
 
 def padded(layer):
-    _, weight = layer.pad(layer.sparse_weight().detach())
-    return weight
+    return layer.pad(layer.sparse_weight().detach())
 
 
 @pytest.mark.parametrize("columns, rows", SIZES)
@@ -91,9 +98,12 @@ def test_padding_meets_pytorchs_own_shape_check(kind, columns, rows, n, m, dtype
     layer = layer_of(n, m, dtype, columns, rows)
     weight = layer.sparse_weight().detach()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0) if later else (8, 0))
-    on_gpu = SimpleNamespace(**vars(layer), values=SimpleNamespace(device=CUDA))
-    chosen, matrix = SemiStructuredLinear.pad(on_gpu, weight)
-    assert chosen is kind
+    on_gpu = SimpleNamespace(**vars(layer), values=SimpleNamespace(device=CUDA), mask=layer.mask)
+    on_gpu.pad, buffers = partial(SemiStructuredLinear.pad, on_gpu), {}
+    on_gpu.register_buffer = lambda name, value, **_: buffers.update({name: value})
+    SemiStructuredLinear.index_changed(on_gpu)
+    assert on_gpu.kind is kind and (buffers["layout"] is None) == later
+    matrix = on_gpu.pad(weight)
 
     class OnCuda(torch.Tensor):
         is_cuda = True
@@ -178,11 +188,7 @@ def test_a_value_of_300_is_not_rounded_to_the_type_of_the_products(dtype, bound,
         last = critic.net[-1]
         last.values.abs_()
         last.values *= 300 / critic(obs, action).mean()
-        exact = copy.deepcopy(critic.net)
-        for name, layer in list(exact.named_children()):
-            if hasattr(layer, "to_linear"):
-                exact.set_submodule(name, layer.to_linear())
-        values = exact.double()(torch.cat([obs, action], 1).double()).squeeze(1)
+        values = on_cpu(critic.net).double()(torch.cat([obs, action], 1).double()).squeeze(1)
         found = critic(obs, action)
     errors = [(q - values).square().mean().sqrt() for q in (found, found.to(getattr(torch, dtype)))]
     assert values.mean() == pytest.approx(300, rel=0.1) and errors[0] < bound < errors[1]
@@ -209,6 +215,82 @@ def test_a_kernel_that_is_missing_is_one_line_before_the_first_step(monkeypatch)
     assert torch.equal(torch.get_rng_state(), state)
     assert len([rows for _, rows, _ in tried if rows >= 32]) == 8 and {batch for *_, batch in tried} == {1, 32}
     assert {rows for _, rows, _ in tried} == {64, 128, 6, 1}
+
+
+def operators(monitored):
+    """Names of the operators that a call runs, each of which is a launch or more on a GPU."""
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            names.append(operator.__name__.split(".")[0])
+            return operator(*args, **kwargs or {})
+
+    names = []
+    with Recorder():
+        monitored()
+    return names
+
+
+def test_nothing_is_computed_to_be_thrown_away(products_on_the_cpu, monkeypatch):
+    layer, x = layer_of(2, 4, torch.bfloat16, 64, 32), torch.randn(8, 64)
+    for needs_grad, products in ((False, 1), (True, 2)):  # dX takes the dense weight, dW~ does not
+        y = layer(x.requires_grad_(needs_grad))
+        names = operators(lambda y=y: y.sum().backward())
+        assert names.count("mm") == products and names.count("scatter_") == products - 1
+    monkeypatch.setattr(torch, "_cslt_compress", lambda dense: dense)
+    layer.kind = SparseSemiStructuredTensorCUSPARSELT
+    monkeypatch.setattr(layer.kind, "_validate_device_dim_dtype_shape", lambda matrix: None)
+    assert operators(layer.packed_weight).count("_to_copy") == 1  # the weight alone, not the values as well
+
+
+def test_a_layer_that_moves_asks_for_the_capability_again(monkeypatch):
+    layer, asked = layer_of(2, 4, torch.bfloat16, 64, 32), []
+    monkeypatch.setattr(SemiStructuredLinear, "index_changed", lambda self: asked.append(self.values.device))
+    torch.nn.Sequential(layer).to("meta")
+    assert asked == [torch.device("meta")]
+
+
+def test_evaluations_act_on_the_cpu_with_what_the_layers_hold():
+    """In float32, as `--evaluate` plays a model file."""
+    args = Args(backend="semi_structured", hidden_sizes=(64, 64))
+    actor = rnm_td3_continuous.Actor(17, np.full(3, -1.0, np.float32), np.ones(3, np.float32), args.hidden_sizes)
+    sparse = rnm_td3_continuous.sparsify(copy.deepcopy(actor), 2, 4, backend="semi_structured")
+    masked = rnm_td3_continuous.sparsify(copy.deepcopy(actor), 2, 4)
+    for layer in sparse.net[::2]:
+        layer.values.data *= 2  # since the last projection: the masters are stale
+    masked.load_state_dict(sparse.state_dict())
+    played, obs = [], np.random.default_rng(0).normal(size=17)
+    run = SimpleNamespace(device=CUDA, agent=SimpleNamespace(actor=sparse), args=Args(), clock=0, deadline=0)
+    run.eval_env, run.write_row, run.scalars = None, lambda *_: None, lambda *_: None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rnm_td3_continuous, "evaluate", lambda policy, *_: played.append(policy(obs)) or [0.0])
+        rnm_td3_continuous.Run.evaluate(run)
+    np.testing.assert_allclose(played[0], masked.act(obs), rtol=1e-6)
+    assert all(isinstance(layer, SemiStructuredLinear) for layer in sparse.net[:-1:2])
+
+
+def test_tests_see_a_gpu_only_where_they_are_marked():
+    """conftest.py on a machine that says it has one."""
+    Path("conftest.py").write_text(
+        "import torch\ntorch.cuda.is_available = lambda: True\n" + Path(conftest.__file__).read_text()
+    )
+    Path("test_it.py").write_text(
+        """
+import os, pytest, subprocess, sys, torch
+def visible():
+    code = "import os; print(os.environ.get('CUDA_VISIBLE_DEVICES'))"
+    return torch.cuda.is_available(), subprocess.check_output([sys.executable, "-c", code], text=True).strip()
+def test_hidden():
+    assert visible() == (False, "")
+@pytest.mark.cuda
+def test_seen():
+    assert visible() == (True, "0")
+"""
+    )
+    command = [sys.executable, "-m", "pytest", "-q", "-o", "markers=cuda", "-p", "no:cacheprovider", "test_it.py"]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "0"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert "2 passed" in result.stdout, result.stdout
 
 
 def test_other_patterns_are_refused_by_the_layer():
