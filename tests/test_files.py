@@ -27,7 +27,7 @@ ADDED[1] |= {"BACKENDS", "choose_backend", "layer_options", "choose_agent", "Spa
 FUSED = {"FusedTD3", "product", "one_dnn", "forward", "backward", "step"}  # what the kernels compete with
 # Lines at most: Part 1 and the whole of each script, its training loop, what `diff` shows between the two Parts 1.
 LENGTHS = {"rnm_td3_continuous.py": (450, 1440), "td3_continuous.py": (300, 943), "loop": 60, "diff": 162}
-LENGTHS |= {"nm_kernels.cpp": 700, "README.md": 160}
+LENGTHS |= {"nm_kernels.cpp": 700, "README.md": 170, "export_policy.py": 300}
 
 
 def parts(source):
@@ -84,7 +84,7 @@ def test_lengths():
         assert len(parts(source)[0].splitlines()) <= first
         assert len(source.splitlines()) <= whole
         assert len(loop(source)) <= LENGTHS["loop"]
-    for name in ("nm_kernels.cpp", "README.md"):
+    for name in ("nm_kernels.cpp", "README.md", "export_policy.py"):
         assert len((ROOT / name).read_text().splitlines()) <= LENGTHS[name]
 
 
