@@ -359,7 +359,7 @@ def test_a_checkpoint_after_one_that_failed_has_all_rows(script, monkeypatch, ca
     "file, size, changes",
     [
         ("events.out", 9_000, {"eval_interval": 1, "eval_episodes": 1}),
-        ("masks.bin", None, {"hidden_sizes": (256, 256), "mask_update_interval": 1}),
+        ("masks.bin", None, {"hidden_sizes": (64, 64), "mask_update_interval": 1}),
     ],
 )
 def test_a_full_disk_stops_a_run_with_a_line_and_it_can_go_on(file, size, changes):
