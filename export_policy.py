@@ -30,8 +30,8 @@ from rnm_td3_continuous import Actor, NMLinear, UsageError
 @dataclass
 class Args:
     model: Annotated[str, tyro.conf.Positional]  # path of a `model.pt`
-    out: str = "policy.h"  # file to write
-    format: Literal["c", "onnx"] | None = None  # by default what the ending of --out says, .h or .onnx
+    out: str | None = None  # file to write, by default policy.h or policy.onnx
+    format: Literal["c", "onnx"] | None = None  # by default what the ending of --out says, .h or .onnx; else c
     name: str = "policy"  # prefix of all names in the C header
 
 
@@ -48,6 +48,13 @@ def read_policy(path: str) -> tuple[Actor, dict[str, str]]:
     if not all(tensor.isfinite().all() for tensor in actor.state_dict().values()):
         raise UsageError(f"{path}: NaN or infinity among its weights; export another one")
     args, layers = model["args"], linear_layers(actor)
+    for layer in layers:
+        if isinstance(layer, NMLinear):
+            layer.m = min(layer.m, layer.in_features)  # of larger ones, C has no constants
+            layer.n = min(layer.n, layer.m)
+            groups = torch.arange(layer.index.shape[1]) // layer.n
+            if (layer.index // layer.m != groups).any() or (layer.index.diff() <= 0).any():
+                raise UsageError(f"{path}: its indices are not {layer.n}:{layer.m}; export another one")
     git, commit = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"], ""
     with contextlib.suppress(OSError):  # no git here
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
@@ -59,7 +66,7 @@ def read_policy(path: str) -> tuple[Actor, dict[str, str]]:
         "exported": f"{date.today()} by export_policy.py, commit {commit or 'unknown'}",
     }
     # it comes from a file, and is to stand in a comment
-    return actor, {key: re.sub(r"[^\w .,:%-]", "_", word, flags=re.ASCII) for key, word in words.items()}
+    return actor, {key: re.sub(r"[^\w .,:%-]", "_", str(word), flags=re.ASCII) for key, word in words.items()}
 
 
 def linear_layers(actor: Actor) -> list[nn.Linear | NMLinear]:
@@ -67,6 +74,9 @@ def linear_layers(actor: Actor) -> list[nn.Linear | NMLinear]:
 
 
 # ---------------------------------------------------------------- C
+
+
+SELECTED = {*range(2, 9)}  # M for which conditions were faster than loads
 
 
 def c_table(name: str, entries: torch.Tensor) -> tuple[str, int]:
@@ -91,7 +101,7 @@ def c_pick(name: str, m: int) -> str:
         declarations, bit = [*declarations, ", ".join(chosen)], 2 * bit
     select = "".join(f"    const float {line};\n" for line in declarations) + f"    return {names[0]};\n"
     body = "    return w[k];\n"
-    if 1 < m <= 8:  # where it was faster
+    if m in SELECTED:
         body = f"#ifdef {'__AVX2__' if m <= 4 else '__AVX512F__'}\n{select}#else\n{body}#endif\n"
     return f"static inline float {name}_pick{m}(const float *w, unsigned k)\n{{\n{body}}}\n"
 
@@ -107,7 +117,7 @@ def c_layer(name: str, i: int, layer: nn.Linear | NMLinear) -> tuple[list[str], 
         tables += [c_table(f"{name}_offset{i}", (layer.index - first).T)]
         kind = tables[-1][0].removeprefix("static ").split(f" {name}")[0]
         pointers, step = [f"{kind} *k{i} = {name}_offset{i};"], f"{step}, k{i} += {4 * rows}"
-        factor = f"{name}_pick{min(layer.m, columns)}(x + {{0}} / {layer.n} * {layer.m}, k{i}[r + {{1}}])"
+        factor = f"{name}_pick{layer.m}(x + {{0}} / {layer.n} * {layer.m}, k{i}[r + {{1}}])"
 
     def add(count: int, at: str) -> list[str]:
         """y += some columns of W times their x."""
@@ -128,7 +138,7 @@ def c_layer(name: str, i: int, layer: nn.Linear | NMLinear) -> tuple[list[str], 
 def c_header(actor: Actor, words: dict[str, str], name: str) -> str:
     """One header, C99 and C++: tables, and a function that skips the zeros."""
     layers, upper = linear_layers(actor), name.upper()
-    groups = {min(layer.m, layer.in_features) for layer in layers if isinstance(layer, NMLinear)}
+    groups = {layer.m for layer in layers if isinstance(layer, NMLinear)}
     tables = [c_table(f"{name}_{key}", getattr(actor, f"action_{key}")) for key in ("low", "high", "scale", "bias")]
     body = []
     for i, layer in enumerate(layers):
@@ -137,8 +147,8 @@ def c_header(actor: Actor, words: dict[str, str], name: str) -> str:
             body += ["t = x, x = y, y = t;"]
         lines, more = c_layer(name, i, layer)
         body, tables = body + lines, tables + more
-    # the last group is read as if it were whole
-    widest = max(max(layer.in_features, layer.out_features) for layer in layers) + max(groups, default=0)
+    # a small last group is read as if it were whole
+    widest = max(max(layer.in_features, layer.out_features) for layer in layers) + max(groups & SELECTED, default=0)
     words = {
         **words,
         "flash": f"{sum(size for _, size in tables)} bytes of tables, and the code",
@@ -226,14 +236,14 @@ def onnx_model(actor: Actor, words: dict[str, str]) -> bytes:
 
 def export(args: Args) -> Path:
     """Write the file, whole or not at all. Raises UsageError, OSError."""
-    out = Path(args.out)
+    out = Path(args.out or ("policy.onnx" if args.format == "onnx" else "policy.h"))
     kind = args.format or {".h": "c", ".onnx": "onnx"}.get(out.suffix)
     if kind is None:
         raise UsageError(f"--out {out}: its ending is neither .h nor .onnx; give --format")
-    if not re.fullmatch(r"[A-Za-z_]\w*", args.name, re.ASCII):
-        raise UsageError(f"--name {args.name!r}: give a name for C: letters, digits and _, no digit first")
-    if not out.parent.is_dir() or out.is_dir():
-        raise UsageError(f"--out {out}: give the path of a file in a folder that is there")
+    if not re.fullmatch(r"[A-Za-z]\w*", args.name, re.ASCII):
+        raise UsageError(f"--name {args.name!r}: give a name for C: a letter, then letters, digits and _")
+    if not out.parent.is_dir() or (out.exists() and not out.is_file()) or out.resolve() == Path(args.model).resolve():
+        raise UsageError(f"--out {out}: give the path of another file, in a folder that is there")
     actor, words = read_policy(args.model)
     content = c_header(actor, words, args.name).encode() if kind == "c" else onnx_model(actor, words)
     part = out.with_name(f".{out.name}.{os.getpid()}")

@@ -619,8 +619,8 @@ class SemiStructuredLinear(CompiledLinear):
             return NMLinear.from_linear(linear, n, m)
         return super().from_linear(linear, n, m, **options)
 
-    def _apply(self, *arguments) -> nn.Module:
-        super()._apply(*arguments)
+    def _apply(self, *arguments, **options) -> nn.Module:
+        super()._apply(*arguments, **options)
         self.index_changed()  # moved to a GPU of another kind, perhaps
         return self
 
@@ -906,11 +906,8 @@ def evaluate(policy: Callable[[np.ndarray], np.ndarray], env: gym.Env, episodes:
 
 def on_cpu(network: nn.Module) -> nn.Module:
     """Copy on the CPU that computes the same in dense layers, with zeros in place of inactive weights."""
-    network = copy.deepcopy(network)
-    for name, layer in list(network.named_modules()):
-        if isinstance(layer, NMLinear):
-            network.set_submodule(name, layer.to_linear())
-    return network.cpu()
+    dense = {id(layer): layer.to_linear() for layer in network.modules() if isinstance(layer, NMLinear)}
+    return copy.deepcopy(network, dense).cpu()  # which takes these in place of copies
 
 
 class Run:
@@ -1363,6 +1360,8 @@ def save_model(path: Path, agent: TD3, args: Args) -> None:
 def read_model(path: str | Path, backend: str = "auto") -> tuple[Actor, dict]:
     """Actor of a model file, and all that stands in it, as `save_model` wrote it. Raises UsageError."""
     try:
+        if zipfile.ZipFile(path).testzip():
+            raise ValueError("a check sum is wrong")  # torch.load does not look at them
         model = torch.load(path, map_location="cpu", weights_only=True)
         args, state, obs_dim, _ = model["args"], model["actor"], model["obs_dim"], model["args"]["env_id"]
         actor = Actor(obs_dim, state["action_low"], state["action_high"], args["hidden_sizes"])

@@ -869,6 +869,8 @@ def save_model(path: Path, agent: TD3, args: Args) -> None:
 def read_model(path: str | Path) -> tuple[Actor, dict]:
     """Actor of a model file, and all that stands in it, as `save_model` wrote it. Raises UsageError."""
     try:
+        if zipfile.ZipFile(path).testzip():
+            raise ValueError("a check sum is wrong")  # torch.load does not look at them
         model = torch.load(path, map_location="cpu", weights_only=True)
         args, state, obs_dim, _ = model["args"], model["actor"], model["obs_dim"], model["args"]["env_id"]
         actor = Actor(obs_dim, state["action_low"], state["action_high"], args["hidden_sizes"])

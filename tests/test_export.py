@@ -23,6 +23,10 @@ ROOT = Path(__file__).parents[1]
 WARNINGS = ["-Wall", "-Wextra", "-Wpedantic", "-Wconversion", "-Werror"]
 COMPILERS = {"gcc": ["-std=c99", "-x", "c"], "clang": ["-std=c99", "-x", "c"], "g++": ["-std=c++11", "-x", "c++"]}
 OBS, ACT = 17, 6
+LOW = -np.linspace(0.4, 2, 1000, dtype=np.float32)
+LOW = LOW[(LOW + 1) / 2 - (1 - LOW) / 2 < LOW][
+    : 8 * ACT : 8
+].copy()  # where middle less half the range is below, by rounding
 CASES = {
     "dense": {},
     "dense, small": {"hidden_sizes": (3, 2)},
@@ -34,6 +38,7 @@ CASES = {
     "2:3, small": {"n": 2, "m": 3, "hidden_sizes": (3,)},
     "1:1": {"n": 1, "m": 1, "hidden_sizes": (64, 64)},
     "1:64, more than inputs": {"n": 1, "m": 64, "hidden_sizes": (64, 64)},
+    "1:10^30, more than there are numbers for": {"n": 1, "m": 10**30, "hidden_sizes": (8, 9)},
     "5:300, two bytes": {"n": 5, "m": 300, "hidden_sizes": (310, 300)},
 }
 
@@ -43,8 +48,7 @@ def make_model(case, path="model.pt", obs=OBS, act=ACT, env_id="HalfCheetah-v5")
     script, settings = (rnm, {"backend": "masked"}) if "n" in CASES[case] else (td3, {})
     args = script.Args(env_id=env_id, learning_rate=3e-3, **CASES[case], **settings)
     torch.manual_seed(0)
-    low = -np.linspace(0.4, 2, act, dtype=np.float32)
-    agent = script.TD3(obs, low, np.ones(act, np.float32), args, torch.device("cpu"))
+    agent = script.TD3(obs, LOW[:act], np.ones(act, np.float32), args, torch.device("cpu"))
     with torch.no_grad():
         for parameter in agent.actor.parameters():
             parameter += 0.05 * torch.randn_like(parameter)
@@ -95,6 +99,12 @@ def compiled(compiler, *flags, header="policy.h", name="policy", act=ACT):
     return act_all
 
 
+def levels():
+    """Flags for each level of vectors that this machine has: they choose other code."""
+    here = ["DEFAULT", "AVX2", "AVX512"].index(torch.backends.cpu.get_cpu_capability().split("_")[0])
+    return [[], ["-mavx2", "-mfma"], ["-mavx512f"]][: here + 1]
+
+
 def compiler_or_skip(name):
     if shutil.which(name) is None:
         pytest.skip(f"there is no {name} here")
@@ -112,19 +122,18 @@ PAIRS = [("gcc", case) for case in CASES] + [(compiler, case) for compiler in ("
 
 @pytest.mark.parametrize("compiler, case", PAIRS)
 def test_c_acts_as_the_model_does(compiler, case, monkeypatch):
-    """Without a warning; at each level of vectors, since these choose other code."""
+    """Without a warning, and within the bounds."""
     compiler_or_skip(compiler)
     policy = make_model(case)
     assert export(monkeypatch, "model.pt") == 0
-    levels = [["-O2"], ["-O3", "-mavx2", "-mfma"], ["-O3", "-mavx512f"]]
-    here = ["DEFAULT", "AVX2", "AVX512"].index(torch.backends.cpu.get_cpu_capability().split("_")[0])
     rows = observations()
     expected, broken = np.stack([policy(obs) for obs in rows]), rows[: OBS + 1].copy()
     assert np.ptp(expected[:1000], axis=0).max() > 1e-2  # it tells observations apart
     broken[range(OBS), range(OBS)] = np.nan
-    for flags in levels[: here + 1]:
-        act_all = compiled(compiler, *flags)
-        np.testing.assert_allclose(act_all(rows), expected, rtol=0, atol=1e-5)
+    for flags in levels():
+        act_all = compiled(compiler, "-O3" if flags else "-O2", *flags)
+        np.testing.assert_allclose(found := act_all(rows), expected, rtol=0, atol=1e-5)
+        assert (found >= LOW).all() and (found <= 1).all()
         assert (np.isnan(act_all(broken)).sum(1) == [ACT] * OBS + [0]).all()
 
 
@@ -152,18 +161,19 @@ int main(void)
 }
 """
     )
-    flags = ["-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    command = [compiler_or_skip("gcc"), "-std=c99", *WARNINGS, *flags, "main.c", "-o", "main", "-lm"]
-    built = subprocess.run(command, capture_output=True, text=True)
-    if "cannot find" in built.stderr:
-        pytest.skip("this gcc has no sanitizers")
-    assert built.returncode == 0, built.stderr[:2000]
     rows = observations(50)
     rows = np.concatenate([rows, np.ones_like(rows[:3]) * np.array([[np.nan], [np.inf], [1e38]], np.float32)])
-    result = subprocess.run(["./main"], input=rows.tobytes(), capture_output=True)
-    assert result.returncode == 0, result.stderr.decode()[:2000]
-    found, expected = np.frombuffer(result.stdout, np.float32).reshape(-1, ACT), [policy(obs) for obs in rows[:-3]]
-    np.testing.assert_allclose(found[:-3], expected, rtol=0, atol=1e-5)
+    for vectors in levels():
+        flags = ["-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", *vectors]
+        command = [compiler_or_skip("gcc"), "-std=c99", *WARNINGS, *flags, "main.c", "-o", "main", "-lm"]
+        built = subprocess.run(command, capture_output=True, text=True)
+        if "cannot find" in built.stderr:
+            pytest.skip("this gcc has no sanitizers")
+        assert built.returncode == 0, built.stderr[:2000]
+        result = subprocess.run(["./main"], input=rows.tobytes(), capture_output=True)
+        assert result.returncode == 0, result.stderr.decode()[:2000]
+        found, expected = np.frombuffer(result.stdout, np.float32).reshape(-1, ACT), [policy(obs) for obs in rows[:-3]]
+        np.testing.assert_allclose(found[:-3], expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("case", ["dense", "1:8, first and last dense", "5:300, two bytes"])
@@ -190,10 +200,10 @@ def test_head_of_the_header(case, monkeypatch):
     command = [compiler_or_skip("gcc"), "-c", "-O0", "-DPOLICY_API=", "-x", "c", "there.h", "-o", "it.o"]
     subprocess.run(command, check=True)
     sections = subprocess.run(["size", "-A", "it.o"], capture_output=True, text=True, check=True).stdout
-    rodata = int(re.search(r"\.rodata\s+(\d+)", sections).group(1))
-    tables = int(head["flash"].split()[0])
-    assert tables <= rodata <= tables + 600 and "data" not in re.sub(r"\.(ro)?data +(0|\d{4,}) ", "", sections)
-    assert int(head["stack"].split()[0]) >= 2 * 4 * max(OBS, *hidden)
+    sizes = {name: int(size) for name, size in re.findall(r"^\.(\w+)\S*\s+(\d+)", sections, re.MULTILINE)}
+    tables, stack = int(head["flash"].split()[0]), int(head["stack"].split()[0])
+    assert tables <= sizes["rodata"] <= tables + 600 and sizes["data"] == sizes["bss"] == 0
+    assert 0 <= stack - 2 * 4 * max(OBS, *hidden) <= 2 * 4 * 8
 
 
 def test_index_types_are_the_smallest_that_fit(monkeypatch):
@@ -227,6 +237,7 @@ def test_onnx_acts_as_the_model_does(case, monkeypatch):
     for batch in (rows, rows[:1]):
         found = session.run(None, {"observation": batch})[0]
         np.testing.assert_allclose(found, expected[: len(batch)], rtol=0, atol=1e-5)
+        assert (found >= LOW).all() and (found <= 1).all()
 
 
 def bad_models():
@@ -240,17 +251,29 @@ def bad_models():
     make_model("dense", "dense.pt")
     dense = torch.load("dense.pt", weights_only=True)
     torch.save({**dense, "obs_dim": 5}, "size.pt")
+    whole = bytearray(whole)
+    whole[len(whole) // 2] ^= 4  # among the weights
+    Path("bit.pt").write_bytes(whole)
+    index = model["actor"]["net.2.index"]
+    index[5, :2] = torch.tensor([1, 5])  # in the first group and in the second
+    torch.save(model, "index.pt")
+    index[5, :2] = torch.tensor([2, 2])
+    torch.save(model, "twice.pt")
     model["actor"]["net.0.bias"][3] = torch.nan
     torch.save(model, "nan.pt")
+    indices = "its indices are not 2:4"
     return {"missing.pt": "No such file", "cut.pt": "cut.pt", "text.pt": "text.pt", "other.pt": "format is other",
-            ".": "Is a directory", "size.pt": "td3-1", "nan.pt": "NaN or infinity among its weights"}  # fmt: skip
+            ".": "Is a directory", "size.pt": "td3-1", "nan.pt": "NaN or infinity among its weights",
+            "bit.pt": "a check sum is wrong", "index.pt": indices, "twice.pt": indices}  # fmt: skip
 
 
 def test_bad_input_is_one_line_and_leaves_no_file(monkeypatch, capsys):
     bad = [([path], message) for path, message in bad_models().items()]
-    bad += [(["good.pt", "--name", name], "give a name for C") for name in ("2x", "a-b", "", "é", "a b", "x;")]
+    bad += [(["good.pt", "--name", name], "give a name for C") for name in ("2x", "a-b", "", "é", "a b", "x;", "_math")]
     bad += [(["good.pt", "--out", "policy.txt"], "give --format"), (["good.pt", "--out", "no/policy.h"], "in a folder")]
-    bad += [(["good.pt", "--out", ".", "--format", "c"], "path of a file")]
+    bad += [(["good.pt", "--out", ".", "--format", "c"], "another file")]
+    os.mkfifo("pipe.h")
+    bad += [(["good.pt", "--out", out, "--format", "c"], "another file") for out in ("pipe.h", "./good.pt")]
     monkeypatch.setitem(sys.modules, "onnx", None)
     bad += [(["good.pt", "--out", "p.onnx"], "pip install -r requirements-export.txt")]
     before = sorted(os.listdir())
@@ -275,12 +298,23 @@ def test_a_full_disk_keeps_the_file_that_is_there(monkeypatch, capsys):
     assert sorted(os.listdir()) == ["model.pt", "policy.h"] and Path("policy.h").read_text() == "from before"
 
 
+def test_names_of_files_follow_from_the_format(monkeypatch):
+    make_model("2:4")
+    monkeypatch.setattr(export_policy, "onnx_model", lambda *_: b"onnx")
+    for arguments, name in (([], "policy.h"), (["--format", "onnx"], "policy.onnx"), (["--out", "a.onnx"], "a.onnx")):
+        assert export(monkeypatch, "model.pt", *arguments) == 0
+        assert Path(name).read_bytes().startswith(b"/*" if name.endswith("h") else b"onnx")
+    assert sorted(os.listdir()) == ["a.onnx", "model.pt", "policy.h", "policy.onnx"]
+
+
 def test_what_a_file_says_cannot_leave_the_comment(monkeypatch):
     make_model("2:4", env_id="x */ int main(void) { return 3; } /* \n#error")
     assert export(monkeypatch, "model.pt") == 0
     head = Path("policy.h").read_text().split("#ifndef")[0]
     assert head.count("*/") == head.count("/*") == 1 and "#" not in head and "environment: x __ int main_void" in head
     compiled(compiler_or_skip("gcc"))
+    make_model("2:4", env_id=None)  # no name at all
+    assert export(monkeypatch, "model.pt") == 0
 
 
 def test_the_documented_example(monkeypatch):

@@ -21,6 +21,7 @@ from torch.sparse._semi_structured_conversions import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rnm_td3_continuous
+import td3_continuous
 from rnm_td3_continuous import (
     TD3,
     Args,
@@ -231,7 +232,7 @@ def operators(monitored):
     return names
 
 
-def test_nothing_is_computed_to_be_thrown_away(products_on_the_cpu, monkeypatch):
+def test_a_layer_computes_nothing_to_throw_it_away(products_on_the_cpu, monkeypatch):
     layer, x = layer_of(2, 4, torch.bfloat16, 64, 32), torch.randn(8, 64)
     for needs_grad, products in ((False, 1), (True, 2)):  # dX takes the dense weight, dW~ does not
         y = layer(x.requires_grad_(needs_grad))
@@ -250,23 +251,42 @@ def test_a_layer_that_moves_asks_for_the_capability_again(monkeypatch):
     assert asked == [torch.device("meta")]
 
 
-def test_evaluations_act_on_the_cpu_with_what_the_layers_hold():
-    """In float32, as `--evaluate` plays a model file."""
-    args = Args(backend="semi_structured", hidden_sizes=(64, 64))
-    actor = rnm_td3_continuous.Actor(17, np.full(3, -1.0, np.float32), np.ones(3, np.float32), args.hidden_sizes)
-    sparse = rnm_td3_continuous.sparsify(copy.deepcopy(actor), 2, 4, backend="semi_structured")
-    masked = rnm_td3_continuous.sparsify(copy.deepcopy(actor), 2, 4)
-    for layer in sparse.net[::2]:
-        layer.values.data *= 2  # since the last projection: the masters are stale
-    masked.load_state_dict(sparse.state_dict())
-    played, obs = [], np.random.default_rng(0).normal(size=17)
-    run = SimpleNamespace(device=CUDA, agent=SimpleNamespace(actor=sparse), args=Args(), clock=0, deadline=0)
+@pytest.mark.parametrize("script", [rnm_td3_continuous, td3_continuous])
+def test_evaluations_act_on_the_cpu_with_what_the_layers_hold(script, monkeypatch):
+    """In float32, as `--evaluate` plays a model file; the actor itself stays where it is."""
+    actor = script.Actor(17, np.full(3, -1.0, np.float32), np.ones(3, np.float32), (64, 64))
+    played, moved, obs = [], [], np.random.default_rng(0).normal(size=17)
+    expected = actor.act
+    if script is rnm_td3_continuous:
+        masked = rnm_td3_continuous.sparsify(copy.deepcopy(actor), 2, 4)
+        rnm_td3_continuous.sparsify(actor, 2, 4, backend="semi_structured")
+        for layer in actor.net[::2]:
+            layer.values.data *= 2  # since the last projection: the masters are stale
+        masked.load_state_dict(actor.state_dict())
+        expected = masked.act
+    before = {name: (id(parameter), parameter.clone()) for name, parameter in actor.named_parameters()}
+    run = SimpleNamespace(device=CUDA, agent=SimpleNamespace(actor=actor), args=script.Args(), clock=0, deadline=0)
     run.eval_env, run.write_row, run.scalars = None, lambda *_: None, lambda *_: None
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rnm_td3_continuous, "evaluate", lambda policy, *_: played.append(policy(obs)) or [0.0])
-        rnm_td3_continuous.Run.evaluate(run)
-    np.testing.assert_allclose(played[0], masked.act(obs), rtol=1e-6)
-    assert all(isinstance(layer, SemiStructuredLinear) for layer in sparse.net[:-1:2])
+    monkeypatch.setattr(script, "evaluate", lambda policy, *_: played.append(policy(obs)) or [0.0])
+    monkeypatch.setattr(torch.nn.Module, "cpu", lambda self: moved.append(self) or self)
+    script.Run.evaluate(run)
+    assert len(moved) == 1 and moved[0] is not actor
+    np.testing.assert_allclose(played[0], expected(obs), rtol=1e-6)
+    for name, parameter in actor.named_parameters():
+        assert id(parameter) == before[name][0] and torch.equal(parameter, before[name][1])
+    assert not {id(parameter) for parameter in moved[0].parameters()} & {number for number, _ in before.values()}
+
+
+@pytest.mark.parametrize("backend", ["masked", "semi_structured"])
+def test_on_cpu_takes_whole_networks_and_layers(backend):
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.ReLU(), torch.nn.Linear(32, 32))
+    rnm_td3_continuous.sparsify(net, 2, 4, backend=backend)
+    dense, x = on_cpu(net), torch.randn(5, 64)
+    assert [type(module) for module in dense] == [torch.nn.Linear, torch.nn.ReLU, torch.nn.Linear]
+    y = F.relu(F.linear(x, net[0].sparse_weight(), net[0].bias))
+    torch.testing.assert_close(dense(x), F.linear(y, net[2].sparse_weight(), net[2].bias))
+    assert torch.equal(on_cpu(net[0]).weight, net[0].sparse_weight())
 
 
 def test_tests_see_a_gpu_only_where_they_are_marked():
@@ -401,3 +421,17 @@ def test_metadata_is_that_of_a_new_compression():
     weight = layer.packed_weight()
     fresh = type(weight).from_dense(layer.sparse_weight().detach().to(torch.float16))
     torch.testing.assert_close(F.linear(x, weight), F.linear(x, fresh))
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("script", [rnm_td3_continuous, td3_continuous])
+def test_a_run_on_a_gpu_evaluates_stops_and_goes_on_to_the_bit(script):
+    settings = {"env_id": "InvertedPendulum-v5", "learning_starts": 20, "batch_size": 8, "eval_interval": 20}
+    settings |= {"eval_episodes": 1, "checkpoint_interval": 20, "hidden_sizes": (64, 64)}
+    whole, _, _ = script.train(script.Args(**settings, total_timesteps=300))
+    _, _, folder = script.train(script.Args(**settings, total_timesteps=200, exp_name="parts"))
+    parts, _, _ = script.train(script.Args(**settings, total_timesteps=300, exp_name="parts", resume=str(folder)))
+    for name, network in whole.networks.items():
+        other = parts.networks[name].state_dict()
+        assert all(value.is_cuda and torch.equal(value, other[key]) for key, value in network.state_dict().items())
