@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -153,6 +154,33 @@ def test_a_full_disk_is_named_and_the_run_goes_on_later():
         sweep.run_task(task)
     task.log.unlink()
     assert sweep.run_task(task) and sweep.state_of(task) == "finished"
+
+
+def test_what_has_ended_counts_first_and_failures_are_tried_again(monkeypatch, capsys):
+    """On something that looks like Ray with one core: what waits is done in the order in which it was handed over."""
+    plan, order, lines = tasks(), [], []
+    monkeypatch.setattr(sweep.Task, "finished", lambda task: task in plan[2:])
+    problems = {plan[0].name: [("torn", True), ("", False)], plan[1].name: [("exit code 2", False)]}
+
+    def remote(task):
+        order.append(task.name)
+        return f"{task.name} {len(order)}"
+
+    def get(reference):
+        lines.append(reference.split()[0])
+        return problems.get(lines[-1], [("", False)]).pop(0)
+
+    ray = SimpleNamespace(init=lambda *_, **__: None, shutdown=lambda: None, cluster_resources=dict, get=get)
+    ray.remote = lambda **_: lambda function: SimpleNamespace(remote=remote)
+    ray.wait = lambda waiting, timeout: (waiting[:1], waiting[1:])
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.setattr(sweep.signal, "signal", lambda *_: None)  # this process goes on after it
+    assert sweep.run_on_ray(plan, sweep.Args(retries=1)) == 1
+    names = [task.name for task in plan]
+    assert order == lines == [*names[2:], *names[:2], names[0]]
+    out = capsys.readouterr().out
+    assert f"{names[0]} failed: torn; it is tried again" in out and f"{names[1]} failed: exit code 2\n" in out
+    assert out.splitlines()[-1].startswith("3 of 4 done, 0 running, 1 failed")
 
 
 def test_variants_are_crossed_with_the_rest(capsys):
