@@ -35,18 +35,8 @@ LEAST_RUNS = 8  # for a correlation
 # what two runs may differ in and be seeds of the same: what does not change training, or is compared by itself
 ALIKE = {"seed", "exp_name", "track", "wandb_project_name", "wandb_entity", "capture_video", "save_model", "evaluate"}
 ALIKE |= {"resume", "checkpoint_interval", "eval_interval", "eval_episodes", "overlap", "profile", "cuda", "backend"}
-ALIKE |= {
-    "obs_dim",
-    "action_dim",
-    "save_masks",
-    "device",
-    "cpu",
-    "num_threads",
-    "versions",
-    "n",
-    "m",
-    "mask_update_interval",
-}
+ALIKE |= {"obs_dim", "action_dim", "save_masks", "device", "cpu", "num_threads", "versions"}
+ALIKE |= {"n", "m", "mask_update_interval"}
 RESAMPLES = 10_000  # of the bootstrap
 
 
