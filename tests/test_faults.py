@@ -675,6 +675,7 @@ def test_what_the_user_keeps_beside_the_checkpoints_stays(monkeypatch, capsys):
     assert [path.name for path in newest.parent.glob("[0-9]" * 9 + ".pt")].count("000000060.pt") == 0
 
 
+@pytest.mark.slow  # W&B waits for ten seconds at the end of a run
 def test_nothing_of_the_environment_variables_reaches_the_files():
     key = "0123456789abcdef" * 2 + "deadbeef"
     variables = {**os.environ, "WANDB_API_KEY": key, "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1", "SECRET": key}

@@ -621,6 +621,7 @@ def test_without_kernels_auto_goes_on_and_native_stops(environment, advice, tmp_
     assert len(list(Path("runs").iterdir())) == 1
 
 
+@pytest.mark.slow
 @needs_kernels
 def test_a_damaged_library_is_not_taken_for_a_whole_one(tmp_path):
     """Neither what a killed compile leaves in a folder of its own, nor what stands under the library's name."""
