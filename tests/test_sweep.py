@@ -554,10 +554,11 @@ def test_a_sweep_that_is_interrupted_loses_nothing(number, cores):
 
 @pytest.mark.slow
 @RAY
-def test_runs_share_gpus_as_they_are_asked_to():
+def test_runs_share_gpus_as_they_are_asked_to(monkeypatch):
     """Ray believes what it is told about GPUs: two cores and one GPU, of which each run wants the whole."""
     from ray.cluster_utils import Cluster
 
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")  # where it is empty, Ray refuses to believe
     arguments = ["--env-ids", "InvertedPendulum-v5", "--patterns", "dense", "2:4", "--seeds", 1, "--out", "out"]
     arguments += ["--total-timesteps", 3000, f"--flags={TINY} --no-cuda"]
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "num_gpus": 1})
