@@ -18,6 +18,8 @@ import torch
 sys.path.insert(0, str(Path.cwd()))
 import rnm_td3_continuous as rnm
 import td3_continuous as td3
+from export_policy import read_policy
+from sad_analysis import markdown
 
 MAIN = """
 #include <stdio.h>
@@ -80,8 +82,7 @@ def rivals(folder, model, pattern, rows):
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     session = onnxruntime.InferenceSession(folder / "policy.onnx", options)
-    actor = (td3.read_model(model) if pattern == "dense" else rnm.read_model(model, "masked"))[0]
-    policy, eager = (td3 if pattern == "dense" else rnm).load_actor(model), rnm.on_cpu(actor).act
+    policy, eager = (td3 if pattern == "dense" else rnm).load_actor(model), rnm.on_cpu(read_policy(model)[0]).act
     found = {
         name: lambda i=i: float(command(folder / f"main{i}", input=rows.tobytes())) for i, name in enumerate(BUILDS)
     }
@@ -109,7 +110,7 @@ def sizes(folder):
 
 def main():
     torch.set_num_threads(1)
-    bytes_lines, time_lines, names = [], [], None
+    bytes_lines, time_lines = [], []
     with tempfile.TemporaryDirectory() as temporary:
         for env_id in ("HalfCheetah-v5", "Ant-v5"):
             times, patterns = {}, ("dense", "2:4", "1:4", "1:8")
@@ -140,10 +141,7 @@ def main():
     ]  # fmt: skip
     readme = Path("results/export/README.md")
     text = readme.read_text().split("\n| environment")[0]
-    for head, lines in tables:
-        rows = [head, ["---"] * len(head), *lines]
-        text += "\n" + "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows) + "\n"
-    readme.write_text(text)
+    readme.write_text(text + "".join("\n" + markdown(head, lines) for head, lines in tables))
 
 
 if __name__ == "__main__":
