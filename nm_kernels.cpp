@@ -141,7 +141,7 @@ Tensor layout(const Tensor& index_, int64_t columns) {
   TORCH_CHECK(max(R, columns) <= 65536 && R * A <= INT_MAX / 4, "native layers have up to 65536 neurons");
   for (int64_t j = 0; j < R * A; j++)
     TORCH_CHECK(id[j] >= 0 && id[j] < columns && (j % A == 0 || id[j - 1] < id[j]),
-                "the columns of a row have to ascend and to lie in 0 to ", columns - 1);
+                "the columns of a row have to ascend and to lie in its matrix");
   Tensor out = at::empty({Layer(R, A, columns, nullptr).size}, at::kInt);
   write_layout(Layer(R, A, columns, out.data_ptr<int>()), id);
   return out;

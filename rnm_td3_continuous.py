@@ -625,29 +625,30 @@ class SemiStructuredLinear(CompiledLinear):
         return self
 
     def index_changed(self) -> None:
-        device, conversions = self.values.device, torch.sparse._semi_structured_conversions
-        later = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+        """Compresses the mask: a product then needs no more than the values in their place."""
+        compress = torch.sparse._semi_structured_conversions.sparse_semi_structured_from_dense_cutlass
+        later = self.values.is_cuda and torch.cuda.get_device_capability(self.values.device) >= (9, 0)
         self.kind = CUSPARSELT if later else CUTLASS  # PyTorch's type of tensor for this layer
-        layout = None if later else conversions.sparse_semi_structured_from_dense_cutlass(self.pad(self.mask()))[1]
+        self.padded = (mask := self.pad(self.mask())).shape
+        self.packed, layout = (torch._cslt_compress(mask), None) if later else compress(mask)
         self.register_buffer("layout", layout, persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = SemiStructuredProduct.apply(x.reshape(-1, self.in_features), self.values, self)
         return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], self.out_features)
 
-    def pad(self, matrix: torch.Tensor, columns: int = 1) -> torch.Tensor:
-        """`matrix` padded with zeros to the shape that the product takes; in rows of C / `columns`."""
+    def pad(self, matrix: torch.Tensor) -> torch.Tensor:
+        """`matrix` [R, C] padded with zeros to the shape that the product takes."""
         limits = self.kind._DTYPE_SHAPE_CONSTRAINTS[self.product_dtype]
         rows = math.ceil(self.out_features / limits.sparse_min_rows) * limits.sparse_min_rows
-        width = math.ceil(self.in_features / limits.sparse_min_cols) * limits.sparse_min_cols // columns
-        return F.pad(matrix.to(self.product_dtype), (0, width - matrix.shape[1], 0, rows - matrix.shape[0]))
+        columns = math.ceil(self.in_features / limits.sparse_min_cols) * limits.sparse_min_cols
+        return F.pad(matrix.to(self.product_dtype), (0, columns - matrix.shape[1], 0, rows - matrix.shape[0]))
 
     def packed_weight(self) -> torch.Tensor:
-        """W~ [R, C], padded. CUTLASS takes `values` as they lie, and new metadata only for a new mask."""
-        if self.kind is CUSPARSELT:  # compresses anew
-            return self.kind.from_dense(self.pad(self.sparse_weight().detach()))
-        packed = self.pad(self.values.detach(), columns=2)
-        return self.kind(torch.Size([packed.shape[0], 2 * packed.shape[1]]), packed, self.layout, None, None, None)
+        """W~ [R, C], padded. Both types begin with the active entries, row by row, as `values` has them."""
+        (rows, columns), (r, k) = self.padded, self.values.shape
+        self.packed.view(-1)[: rows * columns // 2].view(rows, -1)[:r, :k] = self.values.detach()
+        return self.kind(self.padded, self.packed, self.layout, None, None, None)
 
 
 class SemiStructuredProduct(torch.autograd.Function):
@@ -658,7 +659,7 @@ class SemiStructuredProduct(torch.autograd.Function):
         weight = layer.packed_weight()
         ctx.layer, ctx.dtype, x = layer, x.dtype, x.to(layer.product_dtype)  # [B, C]
         ctx.save_for_backward(x, values, layer.index)
-        y = F.linear(F.pad(x, (0, weight.shape[1] - x.shape[1])), weight)
+        y = F.linear(F.pad(x, (0, weight.shape[1] - x.shape[1])) if weight.shape[1] > x.shape[1] else x, weight)
         return y[:, : layer.out_features].to(ctx.dtype)
 
     @staticmethod

@@ -111,10 +111,25 @@ CASES = {
     "draws from all generators": {"env_id": "WanderDraws-v0", "mask_update_interval": 5},
     "physics": {"env_id": "Hopper-v5", "mask_update_interval": 5},
 }
+ON_A_GPU = {"on a GPU": {}, "semi_structured": {"backend": "semi_structured", "mask_update_interval": 7}}
+CASES |= {case: settings | {"hidden_sizes": (64, 64)} for case, settings in ON_A_GPU.items()}
+needs_gpu = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0),
+    reason="needs a GPU of compute capability 8.0 or later",
+)
 
 
 @pytest.mark.parametrize(
-    "case, steps", [*((case, [5, 31, 3]) for case in CASES), ("masked", [20, 1]), ("masked", [25]), ("masked", [50])]
+    "case, steps",
+    [
+        *(
+            pytest.param(case, [5, 31, 3], marks=[pytest.mark.cuda, needs_gpu] if case in ON_A_GPU else ())
+            for case in CASES
+        ),
+        ("masked", [20, 1]),
+        ("masked", [25]),
+        ("masked", [50]),
+    ],
 )
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_stopped_and_resumed_is_uninterrupted_to_the_bit(script, case, steps, monkeypatch, capsys):
@@ -127,6 +142,7 @@ def test_stopped_and_resumed_is_uninterrupted_to_the_bit(script, case, steps, mo
         settings, steps = {**settings, "total_timesteps": 150, "checkpoint_interval": 40}, [30, 50]
     whole = contents(*script.train(script.Args(**settings, exp_name="whole")))
     capsys.readouterr()
+    assert whole[".networks.actor.net.0.bias"].is_cuda == (case in ON_A_GPU)
     parts = contents(*train_in_parts(script, {**settings, "exp_name": "parts"}, steps, monkeypatch))
     out, err = capsys.readouterr()
     assert out.count("resumed at step") == len(steps) and "broke off" not in err

@@ -99,7 +99,8 @@ def test_padding_meets_pytorchs_own_shape_check(kind, columns, rows, n, m, dtype
     layer = layer_of(n, m, dtype, columns, rows)
     weight = layer.sparse_weight().detach()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0) if later else (8, 0))
-    on_gpu = SimpleNamespace(**vars(layer), values=SimpleNamespace(device=CUDA), mask=layer.mask)
+    monkeypatch.setattr(torch, "_cslt_compress", lambda dense: dense)
+    on_gpu = SimpleNamespace(**vars(layer), values=SimpleNamespace(device=CUDA, is_cuda=True), mask=layer.mask)
     on_gpu.pad, buffers = partial(SemiStructuredLinear.pad, on_gpu), {}
     on_gpu.register_buffer = lambda name, value, **_: buffers.update({name: value})
     SemiStructuredLinear.index_changed(on_gpu)
@@ -238,10 +239,8 @@ def test_a_layer_computes_nothing_to_throw_it_away(products_on_the_cpu, monkeypa
         y = layer(x.requires_grad_(needs_grad))
         names = operators(lambda y=y: y.sum().backward())
         assert names.count("mm") == products and names.count("scatter_") == products - 1
-    monkeypatch.setattr(torch, "_cslt_compress", lambda dense: dense)
-    layer.kind = SparseSemiStructuredTensorCUSPARSELT
-    monkeypatch.setattr(layer.kind, "_validate_device_dim_dtype_shape", lambda matrix: None)
-    assert operators(layer.packed_weight).count("_to_copy") == 1  # the weight alone, not the values as well
+    monkeypatch.setattr(SparseSemiStructuredTensorCUTLASS, "__new__", lambda *_: None)
+    assert set(operators(layer.packed_weight)) <= {"view", "slice", "detach", "copy_"}  # one launch
 
 
 def test_a_layer_that_moves_asks_for_the_capability_again(monkeypatch):
@@ -414,24 +413,19 @@ def test_an_update_and_a_projection_of_all_six_networks(n, m, dtype):
 
 @pytest.mark.cuda
 @needs_gpu
-def test_metadata_is_that_of_a_new_compression():
-    """With float16 on CUTLASS, the tensor that we put together equals the one that PyTorch compresses."""
-    layer = layer_of(2, 4, torch.float16, 256, 256, device="cuda")
-    x = torch.randn(64, 256, device="cuda", dtype=torch.float16)
-    weight = layer.packed_weight()
-    fresh = type(weight).from_dense(layer.sparse_weight().detach().to(torch.float16))
-    torch.testing.assert_close(F.linear(x, weight), F.linear(x, fresh))
-
-
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("script", [rnm_td3_continuous, td3_continuous])
-def test_a_run_on_a_gpu_evaluates_stops_and_goes_on_to_the_bit(script):
-    settings = {"env_id": "InvertedPendulum-v5", "learning_starts": 20, "batch_size": 8, "eval_interval": 20}
-    settings |= {"eval_episodes": 1, "checkpoint_interval": 20, "hidden_sizes": (64, 64)}
-    whole, _, _ = script.train(script.Args(**settings, total_timesteps=300))
-    _, _, folder = script.train(script.Args(**settings, total_timesteps=200, exp_name="parts"))
-    parts, _, _ = script.train(script.Args(**settings, total_timesteps=300, exp_name="parts", resume=str(folder)))
-    for name, network in whole.networks.items():
-        other = parts.networks[name].state_dict()
-        assert all(value.is_cuda and torch.equal(value, other[key]) for key, value in network.state_dict().items())
+@pytest.mark.parametrize("columns, rows", SIZES)
+@pytest.mark.parametrize("n, m, dtype", KINDS)
+def test_pytorch_compresses_to_the_same_bytes(n, m, dtype, columns, rows):
+    """After other values and another mask, too."""
+    skip_what_pytorch_lacks(n, m)
+    layer = layer_of(n, m, dtype, columns, rows, device="cuda")
+    x = torch.randn(16, columns, device="cuda", dtype=dtype)
+    for _ in range(2):
+        weight, fresh = layer.packed_weight(), layer.kind.from_dense(padded(layer))
+        assert type(weight) is type(fresh) and weight.shape == fresh.shape
+        half = weight.numel() // 2  # what follows is metadata, and room that cuSPARSELt leaves as it was
+        assert torch.equal(weight.packed.flatten()[:half], fresh.packed.flatten()[:half])
+        wide = F.pad(x, (0, weight.shape[1] - columns))
+        assert torch.equal(F.linear(wide, weight), F.linear(wide, fresh))
+        layer.values.data *= -0.01
+        layer.project()

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Measures steps per second; results go to the folder $CPU, a name for this machine, such as zen4. Needs a checkout of
 # CleanRL in $CLEANRL and, for each rival, the Python of an environment that it runs in; nothing else should run on the
-# machine. About an hour on two cores; one part alone: its name as the argument.
+# machine. About an hour on two cores; one part alone: its name as the argument. `gpu`, on a machine that has one, is
+# not part of all, and needs LeanRL's td3_continuous_action_torchcompile.py in $LEANRL.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 ours=${PYTHON:-python} here=$PWD results=$PWD/results/speed/${CPU:?} measure=$PWD/results/speed/steps_per_second.py
@@ -63,4 +64,12 @@ done
   wait
   $ours "$measure" --rounds 1 --threads 2 "$(sparse "1:4, two threads" 1 4 HalfCheetah-v4 6000)"
 done | grep x | tee "$results/at_once.txt"
+cheetah="HalfCheetah-v4 3000"
+[[ ${1:-all} == gpu ]] && $ours "$measure" --rounds 3 --threads 2 --first 1109 --out "$results/halfcheetah_gpu" \
+  "LeanRL, GPU=$LEANRL_PYTHON $measure --drive leanrl $cheetah" \
+  "dense, GPU=$ours $here/td3_continuous.py $(task $cheetah) --eval-interval 0" \
+  "2:4 masked, GPU=$ours $here/rnm_td3_continuous.py $(task $cheetah) --eval-interval 0" \
+  "2:4 semi_structured, GPU=$ours $here/rnm_td3_continuous.py $(task HalfCheetah-v4 1600) --eval-interval 0 --backend semi_structured" \
+  "$(dense dense $cheetah --no-cuda)" "$(sparse 2:4 2 4 $cheetah --no-cuda)" "$(sparse 1:4 1 4 $cheetah --no-cuda)" \
+  "$(sparse 1:8 1 8 $cheetah --no-cuda)"
 exit 0

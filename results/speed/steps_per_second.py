@@ -5,12 +5,14 @@
 
 Every command runs in a folder of its own and has to write the scalar `charts/SPS` every 100 steps, as CleanRL does; its
 times count from step --first on, so that imports, compilation and the random actions before learning do not. For
-Stable-Baselines3 and SBX, which do not write it: "SB3=python results/speed/steps_per_second.py --drive sb3 ENV STEPS".
+Stable-Baselines3, SBX and LeanRL, which do not write it: "SB3=python results/speed/steps_per_second.py --drive sb3 ENV
+STEPS"; LeanRL's script is $LEANRL.
 """
 
 import argparse
 import csv
 import os
+import runpy
 import shlex
 import statistics
 import subprocess
@@ -18,6 +20,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 
 def measure(command: str, threads: int, first: int) -> float:
@@ -35,8 +38,17 @@ def measure(command: str, threads: int, first: int) -> float:
         return (times[-1].step - times[0].step) / (times[-1].wall_time - times[0].wall_time)
 
 
-def drive(library: str, env_id: str, steps: int) -> None:
-    """TD3 of Stable-Baselines3 or SBX with our settings."""
+def drive(library: str, env_id: str, steps: int) -> dict | None:
+    """TD3 of Stable-Baselines3, SBX or LeanRL (CUDA graphs) with our settings."""
+    if library == "leanrl":
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter("runs/run")
+        log = lambda values, step: writer.add_scalar("charts/SPS", values["speed"], step)  # noqa: E731
+        sys.modules["wandb"] = SimpleNamespace(init=lambda **_: None, log=log)
+        flags = ["--env-id", env_id, "--total-timesteps", str(steps), "--learning-starts", "1000", "--cudagraphs"]
+        sys.argv = [os.environ["LEANRL"], *flags]
+        return runpy.run_path(os.environ["LEANRL"], run_name="__main__")
     import gymnasium as gym
     from stable_baselines3.common.callbacks import BaseCallback
     from torch.utils.tensorboard import SummaryWriter
@@ -72,7 +84,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--first", type=int, default=2000, help="steps that are not counted")
     parser.add_argument("--out", help="writes OUT.csv, with every run")
-    parser.add_argument("--drive", nargs=3, metavar=("LIBRARY", "ENV", "STEPS"), help="run sb3 or sbx instead")
+    parser.add_argument("--drive", nargs=3, metavar=("LIBRARY", "ENV", "STEPS"), help="run sb3, sbx or leanrl instead")
     args = parser.parse_args()
     if args.drive:
         return drive(args.drive[0], args.drive[1], int(args.drive[2]))
