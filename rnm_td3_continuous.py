@@ -665,8 +665,7 @@ class SemiStructuredProduct(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: torch.Tensor):
-        (x, values, index), grad = ctx.saved_tensors, grad.to(ctx.layer.product_dtype)
-        dx = dw = None
+        (x, values, index), grad, dx, dw = ctx.saved_tensors, grad.to(ctx.layer.product_dtype), None, None
         if ctx.needs_input_grad[0]:
             weight = torch.zeros_like(ctx.layer.master).scatter_(1, index, values).to(grad.dtype)
             dx = (grad @ weight).to(ctx.dtype)
@@ -741,8 +740,9 @@ def choose_agent(args: Args, obs_dim: int, action_dim: int, device: torch.device
             raise
         print(f"note: the run to resume had a backend that this machine lacks: {problem}", file=sys.stderr)
         args.backend = choose_backend("auto", *options)
-    if args.backend == "native" and args.cuda and torch.cuda.is_available():
-        print("--backend native: on the CPU, though there is a GPU", file=sys.stderr)
+    if args.cuda and torch.cuda.is_available():
+        where = "CPU, though there is a GPU" if args.backend == "native" else "GPU; with small networks, try --no-cuda"
+        print(f"--backend {args.backend}: on the {where}", file=sys.stderr)
     return NativeTD3 if args.backend == "native" else TD3
 
 

@@ -401,6 +401,8 @@ def test_a_run_of_the_cpu_kernels_goes_on_on_the_cpu_of_a_machine_with_a_gpu(mon
     assert saved["backend"] == "native"  # what `auto` was there, and what `main` takes as the default
     parts = contents(*rnm.train(rnm.Args(**settings, backend="native", exp_name="parts", resume=str(folder))))
     assert "--backend native: on the CPU, though there is a GPU" in capsys.readouterr().err
+    assert rnm.choose_agent(rnm.Args(n=1), 17, 6, torch.device("cuda")) is rnm.TD3
+    assert "--backend masked: on the GPU; with small networks, try --no-cuda" in capsys.readouterr().err
     assert_equal(whole, parts)
 
 
