@@ -6,10 +6,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-spec = importlib.util.spec_from_file_location("claims", Path(__file__).parents[1] / "results/reproduction/claims.py")
-claims = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(claims)
+import rnm_td3_continuous as rnm
+import td3_continuous as td3
+
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / f"results/reproduction/{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+claims, policies = script("claims"), script("policies")
 
 
 @pytest.mark.parametrize(
@@ -79,3 +89,37 @@ def test_the_table():
     assert rows["stable SAD, better return", "rank correlation", "Ant-v5"] == ["-0.40 [-0.70, -0.10]", "30", "refuted"]
     assert not [key for key in rows if key[0].startswith("1:4") or key[2] == "Hopper-v5" or key[1] == "best step sizes"]
     assert np.isfinite([float(row[0].split()[0]) for row in rows.values()]).all()
+
+
+def test_policies_are_of_median_seeds_and_play(monkeypatch):
+    """InvertedPendulum-v5; of five seeds the third best, told apart by their actions."""
+    returns = [(30.0, 1), (10.0, 1), (20.0, 1), (50.0, 1), (40.0, 1)]
+    folder = sweep_of({"InvertedPendulum-v5": {("dense", "base"): returns, ("1:8", "base"): returns[:3]}})
+    obs, expected = np.array([0.1, -0.2, 0.3, 0.4]), {}
+    for pattern, module in (("dense", td3), ("1:8", rnm)):
+        for seed in range(1, 6):
+            args = module.Args(env_id="InvertedPendulum-v5", seed=seed, **({"n": 1, "m": 8} if module is rnm else {}))
+            torch.manual_seed(seed)
+            agent = module.TD3(4, np.full(1, -3, np.float32), np.full(1, 3, np.float32), args, torch.device("cpu"))
+            run = Path(f"runs/InvertedPendulum-v5__study__{pattern.replace(':', '_')}__{seed}__1")
+            run.mkdir(parents=True)
+            module.save_model(run / "model.pt", agent, args)
+            expected[pattern, seed] = agent.actor.act(obs)
+    policies.main(folder, Path("policies"))
+    assert {path.name for path in Path("policies").iterdir()} == {
+        "InvertedPendulum-v5__dense.pt", "InvertedPendulum-v5__1_8.pt"
+    }  # fmt: skip
+    np.testing.assert_allclose(td3.load_actor("policies/InvertedPendulum-v5__dense.pt")(obs), expected["dense", 1])
+    np.testing.assert_allclose(
+        rnm.load_actor("policies/InvertedPendulum-v5__1_8.pt")(obs), expected["1:8", 3], rtol=1e-5
+    )
+    assert len({action.item() for action in expected.values()}) == 10
+    rnm.evaluate_model(rnm.Args(evaluate="policies/InvertedPendulum-v5__1_8.pt", eval_episodes=1))
+    monkeypatch.setattr(policies, "LIMIT", 40_000)
+    with pytest.raises(ValueError, match="more than 40000"):
+        policies.main(folder, Path("policies"))
+
+
+def test_an_even_number_of_seeds_has_no_median():
+    with pytest.raises(ValueError, match="4 seeds, of which none is the median"):
+        policies.choose(sweep_of({"Ant-v5": {("1:8", "base"): [(1.0, 1)] * 4}}))
