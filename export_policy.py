@@ -36,15 +36,11 @@ class Args:
 
 
 def read_policy(path: str) -> tuple[Actor, dict[str, str]]:
-    """Actor of a model file of either script, and what it is, in words. Raises UsageError."""
-    try:
+    """Actor of a model file of either script, and what it is, in words. Raises UsageError of any of the scripts."""
+    dense = False
+    with contextlib.suppress(Exception):  # `read_model` says what is wrong
         dense = torch.load(path, map_location="cpu", weights_only=True)["format"] == td3.MODEL_FORMAT
-    except Exception:  # `read_model` says what is wrong
-        dense = False
-    try:
-        actor, model = td3.read_model(path) if dense else rnm.read_model(path, "masked")
-    except td3.UsageError as error:
-        raise UsageError(str(error)) from error
+    actor, model = td3.read_model(path) if dense else rnm.read_model(path, "masked")
     if not all(tensor.isfinite().all() for tensor in actor.state_dict().values()):
         raise UsageError(f"{path}: NaN or infinity among its weights; export another one")
     args, layers = model["args"], linear_layers(actor)
@@ -260,9 +256,9 @@ def main() -> int:
     """Exit code: 0 done, 1 for a file that could not be written, 2 for bad input."""
     try:
         export(tyro.cli(Args, description=__doc__))
-    except (UsageError, OSError) as error:
+    except (UsageError, td3.UsageError, OSError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
+        return 1 if isinstance(error, OSError) else 2
     return 0
 
 

@@ -1182,7 +1182,6 @@ class Run:
         advice = f"--resume {self.folder} goes on from step {self.checkpointed}"
         advice = advice if self.checkpointed else "there is no checkpoint"
         if isinstance(error, EnvironmentFault | OSError):
-            kind = EnvironmentFault if kind is EnvironmentFault else OSError
             raise kind(f"step {self.step}: {error}; {advice}") from error
         if self.signal and not error:
             print(
@@ -1252,18 +1251,14 @@ def claim_run_folder(args: Args) -> tuple[Path, FileLock]:
     """Make the run folder, or take that of --resume, for this process alone. Raises UsageError."""
     name, started = f"{args.env_id.replace('/', '_')}__{args.exp_name}__{args.seed}", int(time.time())
     folder = Path(args.resume or f"runs/{name}__{started}")
-    if args.resume and any(folder.glob("checkpoints/*/state.json")):
-        raise UsageError(f"--resume {folder}: made by an older version of this script, which commit 5eda879 has")
     if args.resume and not (folder / "checkpoints").is_dir():
         raise UsageError(f"--resume {folder}: no checkpoints in it")
     try:
-        while not args.resume:
-            with contextlib.suppress(FileExistsError):  # two runs started in the same second
-                folder.mkdir(parents=True)
-                break
+        while not args.resume and folder.exists():  # two runs started in the same second
             started += 1
             folder = folder.with_name(f"{name}__{started}")
-        lock = FileLock(folder / "lock", timeout=0)  # the system releases it however the process ends
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / "lock", timeout=1)  # the system releases it however the process ends
         lock.acquire()
     except Timeout as error:
         raise UsageError(f"{folder}: another process trains in this run folder; wait for it, or stop it") from error
@@ -1387,7 +1382,7 @@ def load_actor(path: str | Path, backend: str = "auto") -> Callable[[np.ndarray]
 
 def check_import(env_id: str, args: Args) -> None:
     """Raises UsageError if `env_id`, read from a file, imports a module, and the command line does not name it too."""
-    if ":" in env_id and env_id != args.env_id:
+    if ":" in str(env_id) and env_id != args.env_id:
         raise UsageError(f"the environment {env_id!r} imports code; if you trust it, add --env-id {env_id}")
 
 
@@ -1397,8 +1392,9 @@ def evaluate_model(args: Args) -> None:
     actor, model = read_model(args.evaluate)
     check_import(model["args"]["env_id"], args)
     env = make_env(model["args"]["env_id"], args.capture_video)
-    if env.observation_space.shape != (model["obs_dim"],):
-        raise UsageError(f"{args.evaluate}: made for {model['obs_dim']} inputs, unlike {env.spec.id} as it is here")
+    sizes = model["obs_dim"], len(actor.action_low)
+    if env.observation_space.shape + env.action_space.shape != sizes:
+        raise UsageError(f"{args.evaluate}: its inputs and actions are {sizes}, unlike those of {env.spec.id} here")
     if args.capture_video:
         videos = f"{Path(args.evaluate).parent}/videos"
         env = gym.wrappers.RecordVideo(env, videos, lambda _: True, name_prefix="evaluation")
@@ -1418,9 +1414,8 @@ def main() -> int:
     try:
         if args.resume:  # its flags are the defaults
             try:
-                saved = pydantic.TypeAdapter(Args).validate_json(
-                    Path(args.resume, "config.json").read_bytes(), strict=True
-                )
+                text = Path(args.resume, "config.json").read_bytes()
+                saved = pydantic.TypeAdapter(Args).validate_json(text, strict=True)
             except (OSError, ValueError) as error:
                 raise UsageError(f"--resume {args.resume}: not a run folder of this script: {error}") from error
             check_import(saved.env_id, args)

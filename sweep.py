@@ -134,7 +134,7 @@ def checkpoint(folder: Path) -> int:
 
 def last_step(path: Path) -> int:
     """In the last whole row of a CSV file; -1 if there is none."""
-    with contextlib.suppress(OSError, ValueError, csv.Error):  # not there yet, or damaged
+    with contextlib.suppress(OSError, ValueError, KeyError, csv.Error):  # not there yet, or damaged
         for row in reversed(list(csv.DictReader(path.read_text().splitlines()))):
             if all(value not in (None, "") for value in row.values()):
                 return int(row["step"])
@@ -416,13 +416,15 @@ def read_plan(out: Path) -> dict[str, Task]:
 def read_results(plan: dict[str, Task]) -> tuple[dict[tuple[str, str], list[Run]], list[str]]:
     """Ended runs by environment and title, in the order of the plan; and what is missing, with the reason."""
     results, missing = defaultdict(list), []
+    by_length = sorted(plan.values(), key=lambda task: task.total_timesteps)
+    goals = {task.env_id: task.total_timesteps for task in by_length}  # the longest wins
     for name, task in plan.items():
         try:
             if not task.results.exists():
                 raise ValueError("not finished yet")
-            run = sad.read_run(task.results)
-            if not len(run.steps) or run.steps[-1] < task.total_timesteps:
-                raise ValueError(run.notes[0] if run.notes else f"at step {run.steps[-1]} of {task.total_timesteps}")
+            run, goal = sad.read_run(task.results), goals[task.env_id]
+            if not len(run.steps) or run.steps[-1] < goal:
+                raise ValueError(run.notes[0] if run.notes else f"at step {run.steps[-1]} of {goal}")
             if np.isnan(run.seconds).any():  # up to 24cabbf
                 speed = json.loads((task.results / "speed.json").read_text())
                 run.seconds[-1] = float(speed["seconds"]) * int(run.steps[-1]) / int(speed["step"])
@@ -624,16 +626,21 @@ def plot_curves(results: dict, envs: list[str], path: Path) -> None:
 
 def plan_sweep(tasks: list[Task], out: Path) -> None:
     """Add the runs to `sweep.json` and `commands.txt`. Raises UsageError."""
-    plan = read_plan(out)
+    plan, lines = read_plan(out), []
+    with contextlib.suppress(FileNotFoundError):
+        lines = (out / "commands.txt").read_text(errors="replace").splitlines()
     for task in tasks:
         if (before := plan.get(task.name, task)).flags != task.flags:
             which = f"{task.name} was started with other flags ({shlex.join(before.flags) or 'none'})"
             raise UsageError(f"--out {out}: {which}; give those, or a new --out")
-    entries = {name: astuple(task)[:6] for name, task in (plan | {task.name: task for task in tasks}).items()}
+        line = shlex.join(["python", task.script.name, *task.fresh_command()[2:]])
+        if task.name not in plan and line not in lines and task.folder.exists():  # perhaps with other flags
+            raise UsageError(f"{task.folder} is of another sweep; move it away, or give --out another name")
+        lines.append(line)
+        plan[task.name] = max(before, task, key=lambda each: each.total_timesteps)
+    entries = {name: astuple(task)[:6] for name, task in plan.items()}
     (out / "sweep.incomplete").write_text(json.dumps(entries, indent=1))
     os.replace(out / "sweep.incomplete", out / "sweep.json")
-    lines = (out / "commands.txt").read_text(errors="replace").splitlines() if (out / "commands.txt").exists() else []
-    lines += [shlex.join(["python", task.script.name, *task.fresh_command()[2:]]) for task in tasks]
     (out / "commands.txt").write_text("\n".join(dict.fromkeys(lines)) + "\n")
 
 

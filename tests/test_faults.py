@@ -409,19 +409,16 @@ def test_run_folders_that_cannot_be_used(script, monkeypatch, capsys):
     code, errors = main(script, monkeypatch, capsys, "--env-id", "Scripted-v0")
     assert code == 2 and len(errors) == 1 and errors[0].startswith("error: the run folder runs/Scripted")
     Path("runs").unlink()
+    os.symlink("nowhere", "runs")
+    code, errors = main(script, monkeypatch, capsys, "--env-id", "Scripted-v0")
+    assert code == 2 and len(errors) == 1 and errors[0].startswith("error: the run folder runs/Scripted")
+    Path("runs").unlink()
     Path("empty").mkdir()
     for folder in ("missing", "empty"):
         code, errors = main(script, monkeypatch, capsys, "--resume", folder)
         assert (
             code == 2 and len(errors) == 1 and errors[0].startswith(f"error: --resume {folder}: not a run folder of t")
         )
-    old = Path("old/checkpoints/000050000")
-    old.mkdir(parents=True)
-    (old / "state.json").touch()
-    Path("old/config.json").write_text("{}")
-    code, errors = main(script, monkeypatch, capsys, "--resume", "old")
-    message = "error: --resume old: made by an older version of this script, which commit 5eda879 has"
-    assert code == 2 and errors == [message]
     _, _, folder = script.train(script.Args(**TINY))
     (folder / "lock").unlink()
     (folder / "lock").mkdir()

@@ -91,3 +91,21 @@ def test_foreign_files_are_refused_and_run_nothing(script, monkeypatch, capsys):
         lines = [line for line in capsys.readouterr().err.splitlines() if "Warn" not in line and line.strip()]
         assert len(lines) == 1 and lines[0].startswith(f"error: {path}: "), lines
     assert not Path("touched").exists()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_policies_that_do_not_fit_their_environment_are_refused(script, monkeypatch, capsys):
+    """Pendulum-v1 has 3 observations and 1 action."""
+    for env_id, actions, message in (
+        ("Pendulum-v1", 2, "error: model.pt: its inputs and actions are (3, 2), unlike those of Pendulum-v1 here"),
+        ("Reacher-v5", 1, "error: model.pt: its inputs and actions are (3, 1), unlike those of Reacher-v5 here"),
+        (3, 1, "error: --env-id 3: cannot be made"),
+    ):
+        bounds = np.ones(actions, np.float32)
+        agent = script.TD3(3, -bounds, bounds, args := script.Args(hidden_sizes=(8,)), torch.device("cpu"))
+        args.env_id = env_id
+        script.save_model(Path("model.pt"), agent, args)
+        monkeypatch.setattr(sys, "argv", ["script", "--evaluate", "model.pt"])
+        assert script.main() == 2
+        (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error"))
+        assert line.startswith(message)

@@ -231,6 +231,31 @@ def test_a_later_call_adds_to_the_sweep_and_cannot_change_its_flags(monkeypatch,
     assert sweep.main() == 2
     assert "A-v1__dense__1 was started with other flags (none); give those, or a new --out" in capsys.readouterr().err
     assert sweep.read_plan(Path("out")) == plan
+    Path("runs/A-v1__out__dense__1__1").mkdir(parents=True)
+    monkeypatch.setattr(sys, "argv", ["sweep.py", "--env-ids", "A-v1", "--seeds", "1", "--out", "out"])
+    Path("out/sweep.json").unlink()
+    assert sweep.main() == 0  # its command is there
+    Path("out/sweep.json").unlink()
+    Path("out/commands.txt").unlink()
+    assert sweep.main() == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("A-v1__out__dense__1__1 is of another sweep; move it away, or give --out another name")
+
+
+def test_runs_of_different_lengths_are_not_compared(monkeypatch):
+    monkeypatch.setattr(sweep, "run_on_ray", lambda tasks, args: 0)
+    for steps, seeds in ((100, "1-2"), (50, "2-3"), (200, "4")):
+        flags = ["--env-ids", "A", "--patterns", "dense", "--seeds", seeds, "--total-timesteps", str(steps)]
+        monkeypatch.setattr(sys, "argv", ["sweep.py", *flags, "--out", "out"])
+        assert sweep.main() == 0
+    assert [task.total_timesteps for task in sweep.read_plan(Path("out")).values()] == [100, 100, 50, 200]
+    made_up("out", {("A", "dense"): [1.0, 2.0, 3.0], ("B", "dense"): [5.0]})
+    plan = json.loads(Path("out/sweep.json").read_text())
+    plan["A__dense__1"][3] = 101
+    Path("out/sweep.json").write_text(json.dumps(plan))
+    results, missing = sweep.read_results(sweep.read_plan(Path("out")))
+    assert [key[0] for key in results] == ["B"]
+    assert missing == [f"A__dense__{seed}: at step 100 of 101" for seed in range(3)]
 
 
 def test_an_environment_of_a_module_is_resumed():

@@ -38,7 +38,8 @@ fi
 [[ ${1:-all} =~ all|ant ]] && $ours "$measure" --rounds 3 --threads 2 --out "$results/ant" "$(cleanrl $ant)" \
   "$(sbx $ant)" "$(dense dense $ant)" "$(sparse 2:4 2 4 $ant)" "$(sparse 1:4 1 4 $ant)" "$(sparse 1:8 1 8 $ant)"
 [[ ${1:-all} =~ all|layers ]] && $ours "$measure" --rounds 5 --threads 2 --out "$results/dense_layers" \
-  "$(sparse none 1 8 $cheetah)" "$(sparse first,last 1 8 $cheetah --dense-layers first,last)"
+  "$(sparse 'to the letter' 1 8 $cheetah --init linear)" "$(sparse last 1 8 $cheetah --dense-layers last)" \
+  "$(sparse first,last 1 8 $cheetah --dense-layers first,last)"
 [[ ${1:-all} =~ all|intervals ]] && $ours "$measure" --rounds 3 --threads 2 --out "$results/mask_update_interval" \
   "$(sparse 'K 1000' 1 4 $cheetah --no-save-masks)" "$(sparse 'K 0' 1 4 $cheetah --mask-update-interval 0)" \
   "$(sparse 'K 1' 1 4 $cheetah --mask-update-interval 1 --no-save-masks)" \
