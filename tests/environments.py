@@ -7,6 +7,13 @@ from typing import ClassVar
 
 import gymnasium as gym
 import numpy as np
+import pytest
+import torch
+
+needs_gpu = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0),
+    reason="needs a GPU of compute capability 8.0 or later",
+)
 
 
 class Scripted(gym.Env):

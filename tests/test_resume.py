@@ -14,7 +14,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from environments import Scripted
+from environments import Scripted, needs_gpu
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import rnm_td3_continuous as rnm
@@ -113,10 +113,6 @@ CASES = {
 }
 ON_A_GPU = {"on a GPU": {}, "semi_structured": {"backend": "semi_structured", "mask_update_interval": 7}}
 CASES |= {case: settings | {"hidden_sizes": (64, 64)} for case, settings in ON_A_GPU.items()}
-needs_gpu = pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0),
-    reason="needs a GPU of compute capability 8.0 or later",
-)
 
 
 @pytest.mark.parametrize(

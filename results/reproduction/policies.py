@@ -29,7 +29,8 @@ def choose(folder: Path) -> dict[str, sweep.Task]:
     """By the policy's name, the run. Raises ValueError for an even number of seeds: none is the median."""
     ended: dict[tuple[str, str], list[tuple[float, int, sweep.Task]]] = {}
     for task in sweep.read_plan(folder).values():
-        if task.pattern in PATTERNS and task.variant == "base" and sweep.last_evaluation(task.results) >= 0:
+        ended_at = sweep.last_evaluation(task.results)
+        if task.pattern in PATTERNS and task.variant == "base" and ended_at >= task.total_timesteps:
             last = float(sad.read_run(task.results).returns[-1])
             ended.setdefault((task.env_id, task.kind), []).append((last, task.seed, task))
     for (env, kind), runs in ended.items():
