@@ -959,10 +959,10 @@ class Run:
         return self.env, obs
 
     def receive(self, number: int, frame) -> None:
-        """SIGINT and SIGTERM: finish the episode, for 10 s at most. A second one ends the process."""
+        """SIGINT and SIGTERM: finish the episode, for 10 s at most. A SIGINT after it ends the process at once."""
         self.signal, self.deadline = number, time.monotonic() + 10
         for each in self.handlers:
-            signal.signal(each, signal.SIG_DFL)
+            signal.signal(each, signal.SIG_DFL if each == signal.SIGINT else signal.SIG_IGN)  # Slurm may send two
         with contextlib.suppress(OSError):
             what = b"episode" if self.args.checkpoint_interval else b"step"
             os.write(2, b"\nfinishing the " + what + b"; Ctrl-C again ends at once\n")

@@ -236,7 +236,7 @@ def run_command(task: Task, command: list[str]) -> None:
     with open(task.log, "a") as log:
         print("$", shlex.join(command), file=log, flush=True)
         options = {"cwd": task.work, "env": {**os.environ, "OMP_NUM_THREADS": "1"}, "preexec_fn": die_with_parent}
-        # a session of its own: Ctrl-C reaches it once, through `terminate`; a second signal would cost its checkpoint
+        # a session of its own: Ctrl-C reaches it once, through `terminate`; a second one would cost its checkpoint
         process = subprocess.Popen(command, **options, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         try:
             while (code := process.poll()) is None:
