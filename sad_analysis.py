@@ -415,11 +415,12 @@ def bootstrap(samples: list[np.ndarray], statistic: Callable[..., np.ndarray], s
 
 
 def mean(*strata: np.ndarray, axis: int = -1) -> np.ndarray:
-    return np.concatenate(strata, axis=axis).mean(axis)
+    """Of the means of the strata: an environment with more seeds counts no more than another."""
+    return np.mean([stratum.mean(axis) for stratum in strata], axis=0)
 
 
 def iqm(*strata: np.ndarray, axis: int = -1) -> np.ndarray:
-    """Interquartile mean."""
+    """Interquartile mean of all runs."""
     return scipy.stats.trim_mean(np.concatenate(strata, axis=axis), 0.25, axis=axis)
 
 
@@ -665,7 +666,8 @@ def plot_matrices(groups: dict[tuple, list[Run]], path: Path) -> None:
             continue
         history = run.history
         rates = 100 * history.matrix.sum(2) / history.active.sum()
-        edges = [*history.steps[history.kept] / 1000, run.config["total_timesteps"] / 1000]  # the last masks hold on
+        end = min(history.steps[-1] + run.interval, run.config["total_timesteps"])  # so long the last masks hold
+        edges = np.append(history.steps[history.kept], end) / 1000
         mesh = axis.pcolormesh(edges, edges, rates, cmap="cividis", rasterized=True)
         axis.set(xlabel="step (thousands)", ylabel="step (thousands)", aspect="equal")
         axis.set_title(f"{env}, {kind}, seed {run.config['seed']}", fontsize=9)
@@ -673,7 +675,7 @@ def plot_matrices(groups: dict[tuple, list[Run]], path: Path) -> None:
     save(figure, path)
 
 
-def plot_returns(results: dict[tuple, list[Run]], path: Path) -> None:
+def plot_returns(results: dict[tuple, list[Run]], path: Path, seed: int = 1) -> None:
     """Final returns by kind of run: each run, and beside them the mean with its interval."""
     envs, styles = list(dict.fromkeys(env for env, _ in results)), looks(results)
     figure, axes = panels(len(envs), 1, max(4.5, 0.5 * len(styles)), 4)
@@ -681,7 +683,7 @@ def plot_returns(results: dict[tuple, list[Run]], path: Path) -> None:
         kinds = [kind for kind in styles if (env, kind) in results]
         for x, kind in enumerate(kinds):
             values, look = final(results[env, kind]), {**styles[kind], "linestyle": ""}
-            average, (low, high) = values.mean(), bootstrap([values], mean, 1) or [values.mean()] * 2
+            average, (low, high) = values.mean(), bootstrap([values], mean, seed) or [values.mean()] * 2
             axis.plot([x - 0.12] * len(values), values, **look, ms=4, mfc="none")
             axis.errorbar(x + 0.12, average, [[average - low], [high - average]], **look, ms=8, capsize=4)
         few = {"rotation": 0} if len(kinds) < 6 else {"rotation": 90, "fontsize": 7}
@@ -744,7 +746,7 @@ def analyse(args: Args) -> dict:
             runs = [run for run in runs if run.folder != folder]
     if not runs:
         raise Failed("no run could be read")
-    runs = separate(sorted(runs, key=lambda run: run.name))
+    runs = separate(sorted(runs, key=lambda run: run.name.rpartition("__")[2]))  # by the time in a run folder's name
     names = Counter(run.name for run in runs)
     groups, summary, matrices = defaultdict(list), {"runs": {}}, {}
     for run in sorted(runs, key=lambda run: (run.group, run.config["seed"])):
@@ -760,7 +762,9 @@ def analyse(args: Args) -> dict:
     runs = [run for group in groups.values() for run in group]
     ended = {key: [run for run in group if run.finished] for key, group in groups.items()}
     ended = {key: group for key, group in ended.items() if group}
-    dense = {key: ended[key[0], "dense"] for key in ended if (key[0], "dense") in ended}
+    pairs = {key: (ended[key[0], "dense"], group) for key, group in ended.items() if (key[0], "dense") in ended}
+    lengths = {key: [group[0].config["total_timesteps"] for group in pair] for key, pair in pairs.items()}
+    dense = {key: pair[0] for key, pair in pairs.items() if lengths[key][0] == lengths[key][1]}
     estimates = {", ".join(key): estimate([final(group)], args.seed) for key, group in ended.items()}
     estimates |= {f"all, ratio to dense, {k}": found for k, found in across(ended, dense, args.seed)[1].items()}
     summary |= {"groups": estimates, "stability_and_return": correlate(runs, args.seed)}
@@ -773,7 +777,7 @@ def analyse(args: Args) -> dict:
         plot_matrices(groups, out / "heatmap.png")
     plot_over_time(groups, args.points, out / "sad_over_time.png")
     if ended:
-        plot_returns(ended, out / "return_over_k.png")
+        plot_returns(ended, out / "return_over_k.png", args.seed)
         plot_stability(ended, summary["stability_and_return"], out / "stability.png")
     print(f"\nfiles in {out}/")
     return summary

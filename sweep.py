@@ -122,8 +122,9 @@ class Task:
             resume = [sys.executable, str(self.script), "--resume", str(self.folder.relative_to(self.work))]
             return [*resume, "--total-timesteps", str(self.total_timesteps), "--env-id", self.env_id]
         if (step := last_evaluation(self.results)) >= 0:
-            advice = f"bring it back to {self.work}/runs, or delete {self.results}"
-            raise UsageError(f"{self.name} is at step {step}, and its run folder is needed to go on: {advice}")
+            advice = "it has no checkpoint" if self.folder.exists() else f"bring it back to {self.work}/runs"
+            what = f"{self.name} is at step {step}, and its run folder is needed to go on"
+            raise UsageError(f"{what}: {advice}, or delete {self.results}")
         return self.fresh_command()
 
 
@@ -178,9 +179,9 @@ def tasks_of(args: Args) -> list[Task]:
     try:
         flags, sparse_flags = shlex.split(args.flags), shlex.split(args.sparse_flags)
         for text in args.variants:
-            match = re.fullmatch(r"base|(?!base=)([A-Za-z0-9.-]+)=(.*)", text)
+            match = re.fullmatch(r"base|(?!base=|\d+=)([A-Za-z0-9.-]+)=(.*)", text)  # a number would be read as a seed
             if not match or variants.setdefault(match[1] or "base", more := shlex.split(match[2] or "")) != more:
-                raise ValueError(f"give `base`, or NAME=FLAGS, each name once, instead of {text!r}")
+                raise ValueError(f"give `base`, or NAME=FLAGS, each name once and no number, instead of {text!r}")
     except ValueError as error:
         raise UsageError(f"--flags, --sparse-flags or --variants: {error}") from error
     for words in (flags, sparse_flags, *variants.values()):
@@ -423,6 +424,7 @@ def read_results(plan: dict[str, Task]) -> tuple[dict[tuple[str, str], list[Run]
             if not task.results.exists():
                 raise ValueError("not finished yet")
             run, goal = sad.read_run(task.results), goals[task.env_id]
+            weights(run.config)  # raises where its sizes are damaged
             if not len(run.steps) or run.steps[-1] < goal:
                 raise ValueError(run.notes[0] if run.notes else f"at step {run.steps[-1]} of {goal}")
             if np.isnan(run.seconds).any():  # up to 24cabbf
@@ -454,16 +456,25 @@ def timed(runs: list[Run]) -> bool:
     return not any(np.isnan(run.seconds).any() for run in runs)
 
 
-def return_at(runs: list[Run], seconds: float) -> np.ndarray:
-    """Mean of the last evaluations until then."""
-    return np.array([run.returns[run.seconds <= seconds][-LAST:].mean() for run in runs])
+def while_learning(run: Run) -> tuple[np.ndarray, np.ndarray]:
+    """Seconds and returns of its evaluations: what an untrained policy reaches, an Ant that stands, is no success."""
+    learning = run.steps > run.config.get("learning_starts", 0)
+    return run.seconds[learning], run.returns[learning]
+
+
+def return_at(runs: list[Run], clock: float) -> np.ndarray | None:
+    """Mean of the last evaluations until then, in seconds; None if a run had none yet."""
+    until = [returns[seconds <= clock][-LAST:] for seconds, returns in map(while_learning, runs)]
+    return np.array([returns.mean() for returns in until]) if all(map(len, until)) else None
 
 
 def hours_to(runs: list[Run], goal: float) -> np.ndarray:
-    """Until the mean of the last evaluations reached `goal`, or NEVER."""
-    recent = [[run.returns[max(0, i - LAST) : i].mean() for i in range(1, len(run.steps) + 1)] for run in runs]
-    pairs = [zip(run.seconds / 3600, values, strict=True) for run, values in zip(runs, recent, strict=True)]
-    return np.array([next((hours for hours, value in pair if value >= goal), NEVER) for pair in pairs])
+    """Until the mean of the last evaluations, as many as count for the final return, reached `goal`, or NEVER."""
+    found = []
+    for seconds, returns in map(while_learning, runs):
+        ends = range(LAST, len(returns) + 1)
+        found.append(next((seconds[i - 1] / 3600 for i in ends if returns[i - LAST : i].mean() >= goal), NEVER))
+    return np.array(found)
 
 
 def ratio(a: np.ndarray, b: np.ndarray, axis: int = -1) -> np.ndarray:
@@ -513,10 +524,13 @@ def figures(runs: list[Run], dense: list[Run] | None, best: list[Run] | None, cl
     found["steps_per_second"] = np.mean([run.steps[-1] / run.seconds[-1] for run in runs]), None
     found["hours"] = np.mean([run.seconds[-1] for run in runs]) / 3600, None
     if clock and timed(runs):
-        add("early", mean, early := return_at(runs, clock))
-        if others and timed(others) and (theirs := return_at(others, clock)).min() > 0:
-            add("early_ratio", ratio, early, theirs)
-        for share in (50, 90, 100) if positive else ():
+        if (early := return_at(runs, clock)) is not None:
+            add("early", mean, early)
+            theirs = return_at(others, clock) if others and timed(others) else None
+            if theirs is not None and theirs.min() > 0:
+                add("early_ratio", ratio, early, theirs)
+        enough = positive and min(len(while_learning(run)[1]) for run in (*runs, *dense)) >= LAST
+        for share in (50, 90, 100) if enough else ():
             hours = hours_to(runs, share / 100 * final(dense).mean())
             add(f"hours_to_{share}", np.median, hours)
             found[f"reached_{share}"] = int((hours < NEVER).sum()), None
@@ -542,9 +556,10 @@ Final return: mean of the last {LAST} evaluations of a run. Brackets and bars: 9
 two or three seeds they mean little, since they cannot reach beyond the runs that there are, and the interquartile mean
 of fewer than four is the mean. Steps/s and hours are means over runs, evaluations left out (of runs that noted no time
 with their evaluations: included). Return by a time: mean of the last {LAST} evaluations until the fastest kind of run
-ended. Hours to a share of the final return of dense: median of the times at which that mean first was there; `2 of 3`:
-so many seeds ever were, the others count as later than any. Active weights: of all six networks, dense layers with
-them, biases not. Bytes of the actor: 4 for a weight or a bias, 1 more for the place of an N:M weight in its group.
+ended. Hours to a share of the final return of dense: median of the times at which the mean of {LAST} evaluations first
+was there; `2 of 3`: so many seeds ever were, the others count as later than any. Both: of evaluations since learning
+began. Active weights: of all six networks, dense layers with them, biases not. Bytes of the actor: 4 for a weight or a
+bias, 1 more for the place of an N:M weight in its group.
 """
 FIRST = [("seeds", "seeds", ".0f"), ("mean", "mean +- std", ""), ("iqm", "interquartile mean", ".4g")]
 FIRST += [("ratio", "ratio to dense", ".2f"), ("ratio_to_best", "ratio to the best dense", ".2f")]
@@ -585,13 +600,22 @@ def report(out: Path) -> str:
         if any(name in row for row in found.values() for name, *_ in SECOND[1:]):
             parts.append(table(SECOND, found, clock))
     by_best = {key: best[key[0]] for key in results if key[0] in best}
-    for word, kinds in {"dense": references, **({"the best dense": by_best} if by_best != references else {})}.items():
+    words = {"dense": (references, "ratio")}
+    words |= {"the best dense": (by_best, "ratio_to_best")} if by_best != references else {}
+    for word, (kinds, name) in words.items():
         usable, estimates = sad.across(results, {key: results[key[0], kind] for key, kind in kinds.items()}, 1)
         if estimates:
             parts += [f"## {', '.join(usable)}: ratio to the mean of {word}\n", sad.returns_table(estimates, ".2f")]
-            parts += ["Intervals are resampled within each environment (stratified), dense too."]
+            parts += [
+                "Mean: of the environments' means; interquartile mean: of all runs. Intervals are resampled within"
+            ]
+            parts += ["each environment (stratified), dense too."]
             left_out = ", ".join(env for env in envs if env not in usable)
             parts += [f"Left out, without dense runs of positive return: {left_out}.\n" if left_out else ""]
+            for kind, found in estimates.items():
+                for average in ("mean", "iqm"):
+                    numbers = [f"{x:.6g}" for x in (found[average], *(found[f"{average}_interval"] or ()))]
+                    rows.append(["all", kind, f"{average}_of_{name}", *numbers, *["", ""][len(numbers) - 1 :]])
     parts += ["![learning curves](curves.png)\n\n![final returns](returns.png)\n"]
     parts += ["Missing: " + ("none." if not missing else ""), *[f"- {line}" for line in missing], ""]
     plot_curves(results, envs, out / "curves.png")
@@ -634,8 +658,9 @@ def plan_sweep(tasks: list[Task], out: Path) -> None:
             which = f"{task.name} was started with other flags ({shlex.join(before.flags) or 'none'})"
             raise UsageError(f"--out {out}: {which}; give those, or a new --out")
         line = shlex.join(["python", task.script.name, *task.fresh_command()[2:]])
-        if task.name not in plan and line not in lines and task.folder.exists():  # perhaps with other flags
-            raise UsageError(f"{task.folder} is of another sweep; move it away, or give --out another name")
+        there = [path for path in (task.folder, task.results) if path.exists()]
+        if there and task.name not in plan and line not in lines:  # perhaps with other flags
+            raise UsageError(f"{there[0]} is of another sweep; move it away, or give --out another name")
         lines.append(line)
         plan[task.name] = max(before, task, key=lambda each: each.total_timesteps)
     entries = {name: astuple(task)[:6] for name, task in plan.items()}

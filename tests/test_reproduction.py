@@ -72,23 +72,29 @@ def test_the_table():
     found = {"runs": 30, "within_groups_spearman": -0.4, "within_groups_interval": [-0.7, -0.1]}
     (folder / "sad/summary.json").write_text(json.dumps({"stability_and_return": {"Ant-v5": found, "Hopper-v5": {}}}))
     rows = {(claim, how, where): rest for claim, how, where, *rest in claims.claims(folder)}
-    recipe = "the recipe, 3e-4"
+    recipe, both = "the recipe, 3e-4", "mean of 2 environments"
     ours, runs, verdict = rows["2:4 is 1.14 of dense", recipe, "Ant-v5"]
     assert ours.startswith("1.14 [1.0") and (runs, verdict) == ("3", "confirmed")
     assert rows["2:4 is 1.01 of dense", recipe, "HalfCheetah-v5"][-1] == "refuted"
-    matches = [
-        rows["2:4 matches dense (at least 0.95)", recipe, where] for where in ("Ant-v5", "HalfCheetah-v5", "all")
-    ]
+    matches = [rows["2:4 matches dense (at least 0.95)", recipe, where] for where in ("Ant-v5", "HalfCheetah-v5", both)]
     assert [row[2] for row in matches] == ["confirmed"] * 3 and matches[2][1] == "6"
     low, high = (float(bound) for bound in matches[2][0].split("[")[1].rstrip("]").split(", "))
     assert 1.0 < low < 1.14 < high < 1.3 and matches[2][0].startswith("1.14 ")
-    assert rows["1:8 competes (at least 0.8)", recipe, "all"][2] == "refuted"
+    assert rows["1:8 competes (at least 0.8)", recipe, both][2] == "refuted"
     assert rows["1:8 competes (at least 0.8)", "to the letter", "Ant-v5"] == ["0.10", "1", "undecided"]
     assert rows["2:4 trains faster", "steps per second", "Ant-v5"][0] == "2.00 [2.00, 2.00]"
     assert rows["1:8 trains faster", "steps per second", "HalfCheetah-v5"][::2] == ["4.00 [4.00, 4.00]", "confirmed"]
     assert rows["stable SAD, better return", "rank correlation", "Ant-v5"] == ["-0.40 [-0.70, -0.10]", "30", "refuted"]
     assert not [key for key in rows if key[0].startswith("1:4") or key[2] == "Hopper-v5" or key[1] == "best step sizes"]
     assert np.isfinite([float(row[0].split()[0]) for row in rows.values()]).all()
+
+
+def test_no_ratio_to_what_is_not_positive_and_no_run_lost_without_a_word(capsys):
+    low, lower = [(-100.0, 1)] * 2, [(-300.0, 1)] * 2
+    folder = sweep_of({"Ant-v5": {("dense", "base"): low, ("1:8", "base"): lower}})
+    (folder / "runs/Ant-v5__1_8__2/evaluations.csv").write_text("step,mean,std\n")
+    assert [row[0] for row in claims.claims(folder)] == ["1:8 trains faster"]
+    assert capsys.readouterr().err.startswith("left out: Ant-v5__1_8__2: ")
 
 
 def test_policies_are_of_median_seeds_and_play(monkeypatch):

@@ -203,7 +203,9 @@ def test_environments_are_compared_by_ratios_to_dense():
     dense = {key: groups[key[0], "dense"] for key in groups}
     envs, across = sad.across(groups, dense, seed=1)
     assert envs == ["A", "B"]
-    assert across["2:4, K = 100"]["mean"] == pytest.approx(np.mean([4 / 3, 5 / 3, 6 / 3, 7 / 3, 2, 6]))
+    ratios = [4 / 3, 5 / 3, 6 / 3, 7 / 3], [2, 6]
+    assert across["2:4, K = 100"]["mean"] == pytest.approx(np.mean([np.mean(each) for each in ratios]))
+    assert across["2:4, K = 100"]["iqm"] == pytest.approx(np.mean([5 / 3, 6 / 3, 6 / 3, 7 / 3]))
     assert across["2:4, K = 1"]["runs"] == 6 and across["dense"]["mean"] == 1
     assert across["dense"]["mean_interval"] == [0.75, 1.5]  # A: [2, 4] over means of [2, 4]; B: 1
     runs[-1].returns -= 1000
@@ -293,6 +295,40 @@ def test_real_runs_from_the_files_to_the_pictures(real_runs, capsys):
     matrices = np.load("out/sad_matrices.npz")
     assert matrices[f"{run}/sad"][0, -1].sum() == (masks[0] != masks[-1]).sum()
     assert {row["name"] for row in rows} >= {*NETWORKS, "total", "qf2_target.net.4"}
+
+
+def test_of_two_runs_with_a_seed_the_newer_counts_and_dense_ones_are_as_long(real_runs, capsys, monkeypatch):
+    """Newer by the time in its name, whatever stands before that."""
+    monkeypatch.setattr(sad, "save", lambda figure, path: sad.plt.close(figure))
+    for name in ("zebra__1__1600000000", "apple__1__1900000000"):
+        shutil.copytree(real_runs[0], f"runs/Scripted-v0__{name}")
+    for env in ("A", "B"):
+        for pattern, length in (("dense", 100), ("2:4", 100 if env == "A" else 200)):
+            config = {"env_id": env, "seed": 1, "total_timesteps": length}
+            config |= {"n": 2, "m": 4, "mask_update_interval": 0} if pattern != "dense" else {}
+            (folder := Path("runs", env + pattern)).mkdir()
+            (folder / "config.json").write_text(json.dumps(config))
+            (folder / "evaluations.csv").write_text(f"step,mean,std\n{length},7,0\n")
+    summary = sad.analyse(sad.Args(("runs",), out="out"))
+    assert "zebra__1__1600000000 is left out: it has the seed of " in capsys.readouterr().err
+    assert "Scripted-v0__apple__1__1900000000" in summary["runs"] and len(summary["runs"]) == 5
+    assert "all, ratio to dense, 2:4, masks fixed" not in summary["groups"]  # B's dense run is half as long
+    shutil.copytree("runs/A2:4", "runs/B2:4", dirs_exist_ok=True)
+    config = Path("runs/B2:4/config.json")
+    config.write_text(config.read_text().replace('"A"', '"B"'))
+    summary = sad.analyse(sad.Args(("runs",), out="out"))
+    assert summary["groups"]["all, ratio to dense, 2:4, masks fixed"]["mean"] == 1
+
+
+def test_the_heat_map_of_an_unfinished_run_ends_with_its_last_masks(real_runs, monkeypatch):
+    shutil.copytree(real_runs[0], "run")
+    config = Path("run/config.json")
+    config.write_text(config.read_text().replace('"total_timesteps": 300', '"total_timesteps": 9000'))
+    figures = []
+    monkeypatch.setattr(sad, "save", lambda figure, path: figures.append(figure) if path.stem == "heatmap" else None)
+    for folder, end in (("run", 320), (str(real_runs[0]), 300)):
+        sad.analyse(sad.Args((folder,), out="out"))
+        assert figures.pop().axes[0].get_xlim()[1] == pytest.approx(end / 1000)
 
 
 def records(data):

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 
 import rnm_td3_continuous as rnm
@@ -75,6 +76,7 @@ def test_tasks_and_commands():
         "--flags=--gama=1": "--flags: --gama is a flag of neither script",
         "--variants fast": "--flags, --sparse-flags or --variants: give `base`, or NAME=FLAGS, each name once",
         "--variants base=--tau=1": "--flags, --sparse-flags or --variants: give `base`, or NAME=FLAGS, each name once",
+        "--variants 1=--tau=1": "--flags, --sparse-flags or --variants: give `base`, or NAME=FLAGS, each name once and",
         "--variants a=--tau=1 a=--tau=2": "--flags, --sparse-flags or --variants: give `base`, or NAME=FLAGS, each",
         "--variants a=--seed=1": "--flags: --seed is not for all runs",
         "--variants a_b=--tau=1": "--flags, --sparse-flags or --variants: give `base`, or NAME=FLAGS, each name once",
@@ -240,6 +242,10 @@ def test_a_later_call_adds_to_the_sweep_and_cannot_change_its_flags(monkeypatch,
     assert sweep.main() == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.endswith("A-v1__out__dense__1__1 is of another sweep; move it away, or give --out another name")
+    shutil.move("runs/A-v1__out__dense__1__1", Path("out/runs").resolve() / "A-v1__2_4__1")
+    assert sweep.main() == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("out/runs/A-v1__2_4__1 is of another sweep; move it away, or give --out another name")
 
 
 def test_runs_of_different_lengths_are_not_compared(monkeypatch):
@@ -347,13 +353,13 @@ def test_two_sweeps_into_one_folder_are_refused(monkeypatch, capsys):
     assert not Path("out/sweep.json").exists()
 
 
-def made_up(out, values, seconds=None):
+def made_up(out, values, seconds=None, **more):
     """Results as they are copied. values: (env, pattern) to final returns by seed; seconds: each run's, by pattern."""
     plan = {}
     for (env, pattern), returns in values.items():
         pattern, _, variant = pattern.partition(", ")
         for seed, value in enumerate(returns):
-            config = {"env_id": env, "seed": seed, "total_timesteps": 100}
+            config = {"env_id": env, "seed": seed, "total_timesteps": 100, **more}
             if pattern != "dense":
                 config |= dict(zip("nm", map(int, pattern.split(":")), strict=True)) | {"mask_update_interval": 10}
             flags = ["--tau", variant] if variant else []
@@ -384,18 +390,23 @@ def column(text, env, kind, heading):
 
 
 def test_report_says_what_an_hour_buys(monkeypatch):
-    monkeypatch.setattr(sweep, "LAST", 1)
-    monkeypatch.setattr(sweep.sad, "LAST", 1)
+    """And takes no untrained policy for a success, as one of an Ant that stands would be."""
+    monkeypatch.setattr(sweep, "LAST", 2)
+    monkeypatch.setattr(sweep.sad, "LAST", 2)
     rise = np.linspace(50, 1000, 20)  # by 50 an evaluation
     values = {("A", "dense"): [rise, rise], ("A", "1:4"): [rise / 2, rise * 1.1], ("A", "1:8"): [rise / 4, rise / 4]}
-    made_up("out", values, {"dense": 7200, "1:4": 3600, "1:8": 1800})
+    values = {key: [np.r_[9999, 9999, run[2:]] for run in runs] for key, runs in values.items()}  # untrained
+    values |= {("B", kind): [-rise, -rise] for kind in ("dense", "1:8")}
+    made_up("out", values, {"dense": 7200, "1:4": 3600, "1:8": 1800}, learning_starts=10)
     text = sweep.report(Path("out"))
+    assert column(text, "B", "1:8", "return by 0.50 h").startswith("-975 [")
+    assert not column(text, "B", "1:8", "to dense then") and not column(text, "B", "1:8", "hours to 50 %")
     assert column(text, "A", "dense", "hours") == "2.00" and column(text, "A", "1:4", "steps/s") == "0"
-    assert column(text, "A", "dense", "return by 0.50 h").startswith("250 [")  # a quarter of its time
-    assert column(text, "A", "1:4", "return by 0.50 h") == "400 [250, 550]"
-    assert column(text, "A", "1:4", "to dense then") == "1.60 [1.00, 2.20]"
-    assert column(text, "A", "1:8", "return by 0.50 h").startswith("250 [")
-    assert column(text, "A", "dense", "hours to 50 %") == "1.00 [1.00, 1.00], 2 of 2"
+    assert column(text, "A", "dense", "return by 0.50 h").startswith("225 [")  # a quarter of its time
+    assert column(text, "A", "1:4", "return by 0.50 h") == "380 [237.5, 522.5]"
+    assert column(text, "A", "1:4", "to dense then") == "1.69 [1.06, 2.32]"
+    assert column(text, "A", "1:8", "return by 0.50 h").startswith("243.8 [")
+    assert column(text, "A", "dense", "hours to 50 %") == "1.10 [1.10, 1.10], 2 of 2"
     assert column(text, "A", "1:4", "hours to 50 %") == "0.75 [0.50, 1.00], 2 of 2"
     assert column(text, "A", "1:4", "hours to 90 %") == "never [0.85, never], 1 of 2"
     assert column(text, "A", "1:8", "hours to 50 %") == "never [never, never], 0 of 2"
@@ -403,7 +414,13 @@ def test_report_says_what_an_hour_buys(monkeypatch):
     (row,) = (row for row in rows if (row["kind"], row["figure"]) == ("1:4", "hours_to_90"))
     assert list(row.values()) == ["A", "1:4", "hours_to_90", "never", "0.85", "never"]
     (row,) = (row for row in rows if (row["kind"], row["figure"]) == ("1:4", "early"))
-    assert [row["value"], row["low"], row["high"]] == ["400", "250", "550"]
+    assert [row["value"], row["low"], row["high"]] == ["380", "237.5", "522.5"]
+    made_up(
+        "short", {("A", kind): [rise] for kind in ("dense", "1:8")}, {"dense": 7200, "1:8": 300}, learning_starts=10
+    )
+    text = sweep.report(Path("short"))  # dense had not begun to learn
+    assert column(text, "A", "1:8", "return by 0.08 h") == "975" and not column(text, "A", "1:8", "to dense then")
+    assert column(text, "A", "dense", "return by 0.08 h") == "" and "nan" not in text
 
 
 def test_report_compares_variants_with_their_dense_runs_and_the_best():
@@ -442,6 +459,7 @@ def test_weights_are_those_of_the_networks(changes):
 
 
 DAMAGES = {"config.json": [b"", b"null", b"[]", b"{", b'"a"', b"\xff\xfe", b'{"env_id": 3}', b"7", b"{}"]}
+DAMAGES["config.json"] += [b'{"env_id": "A", "seed": 0, "total_timesteps": 100, "obs_dim": 3}']
 DAMAGES["evaluations.csv"] = [b"", b"null", b"a,b\n1,2\n", b"step,mean,std\n", b"step,mean,std\n5,1,1\n", b"\xff\xfe\0"]
 DAMAGES["evaluations.csv"] += [b"step,mean,std\n100,nan,1\n", b"step,mean,std\n100,1,", b"step,mean,std\nx,y,z\n"]
 DAMAGES["speed.json"] = [
@@ -502,7 +520,14 @@ def test_report_states_the_statistics_of_the_field():
     low, high = (float(bound) for bound in row[5].split("[")[1].rstrip("]").split(", "))
     assert 0 < low < np.mean(pairs) < high <= 1
     normalised = next(line for line in text.splitlines() if line.startswith("| 2:4 | 7 |"))
-    assert f"| {np.mean([*np.array(sparse) / 30, 90 / 150, 120 / 150]):.2f} [" in normalised
+    ratios = [*np.array(sparse) / 30, 90 / 150, 120 / 150]
+    of_environments, of_runs = (46 / 30 + 105 / 150) / 2, scipy.stats.trim_mean(ratios, 0.25)
+    assert f"| {of_environments:.2f} [" in normalised and f"| {of_runs:.2f} [" in normalised
+    rows = [row for row in csv.reader(Path("out/summary.csv").read_text().splitlines()) if row[:2] == ["all", "2:4"]]
+    assert [row[2:4] for row in rows] == [
+        ["mean_of_ratio", f"{of_environments:.6g}"], ["iqm_of_ratio", f"{of_runs:.6g}"]
+    ]  # fmt: skip
+    assert all(float(row[4]) < float(row[3]) < float(row[5]) for row in rows)
     assert "- B__2_4__2: not finished yet\n" in text and "A__" not in text.split("Missing:")[1]
     negative = next(line for line in text.splitlines() if line.startswith("| 2:4 | 2 | -25"))
     assert (

@@ -45,19 +45,24 @@ def rates(runs: list[sad.Run]) -> np.ndarray:
 
 
 def ratios(results: dict, dense: dict, kind: str) -> dict[str, tuple[float, Interval, int]]:
-    """Of final returns: by environment, and over all of them where there are several; with the number of runs."""
+    """Of final returns: by environment, and over all of them where there are several; with the number of runs.
+
+    Left out: environments where a dense run has no positive return, to which a ratio would mean nothing.
+    """
     keys = [(env, kind) for env in ENVS if (env, kind) in dense]
+    keys = [key for key in keys if sad.final(results[key[0], dense[key]]).min() > 0]
     found = {key[0]: (*compare(results, dense, key), len(results[key])) for key in keys}
     mine, theirs = {key: results[key] for key in keys}, {key: results[key[0], dense[key]] for key in keys}
     for each in sad.across(mine, theirs, 1)[1].values():
-        found["all"] = each["mean"], each["mean_interval"], each["runs"]
+        found[f"mean of {len(keys)} environments"] = each["mean"], each["mean_interval"], each["runs"]
     return found
 
 
 def claims(folder: Path) -> list[list[str]]:
     """Rows of claim, protocol, where, our figure with its interval, runs, verdict. Raises sweep.UsageError."""
     plan = sweep.read_plan(folder)
-    results, _ = sweep.read_results(plan)
+    results, missing = sweep.read_results(plan)
+    print(*[f"left out: {line}" for line in missing], sep="\n", end="\n" * bool(missing), file=sys.stderr)
     dense, rows = sweep.dense_of(results, plan), []
 
     def add(claim: str, how: str, where: str, value: float, bounds: Interval, runs: int, verdict: str) -> None:
