@@ -29,6 +29,7 @@ constexpr int T = 8, TILE = T * V;  // one feature of a tile is 8 vectors: 8 sum
 constexpr int BLOCK = 8192 / TILE;  // features of a tile that fill a first-level cache of 32 KB
 #define UNROLL _Pragma("GCC unroll 16")
 #define INLINE static inline __attribute__((always_inline))
+#define VECTORIZED __attribute__((optimize("tree-vectorize"))) static void  // by the compiler: plain loops
 typedef float vec __attribute__((vector_size(4 * V), aligned(4), may_alias));
 typedef int ivec __attribute__((vector_size(4 * V), aligned(4), may_alias));
 INLINE vec load(const float* p) { return *(const vec*)p; }
@@ -134,14 +135,18 @@ static void write_layout(const Layer& l, const int64_t* id) {
       l.row[end] = r, l.place[r * A + j] = end;
     }
 }
+static void check_index(const Tensor& index, int64_t columns) {
+  const int64_t A = index.size(1), *id = index.data_ptr<int64_t>();
+  for (int64_t j = 0; j < index.numel(); j++)
+    TORCH_CHECK(id[j] >= 0 && id[j] < columns && (j % A == 0 || id[j - 1] < id[j]),
+                "the columns of a row have to ascend and to lie in its matrix");
+}
 Tensor layout(const Tensor& index_, int64_t columns) {
   TORCH_CHECK(index_.is_cpu(), "the native backend is for the CPU");
   const Tensor index = index_.contiguous();
   const int64_t R = index.size(0), A = index.size(1), *id = index.data_ptr<int64_t>();
   TORCH_CHECK(max(R, columns) <= 65536 && R * A <= INT_MAX / 4, "native layers have up to 65536 neurons");
-  for (int64_t j = 0; j < R * A; j++)
-    TORCH_CHECK(id[j] >= 0 && id[j] < columns && (j % A == 0 || id[j - 1] < id[j]),
-                "the columns of a row have to ascend and to lie in its matrix");
+  check_index(index, columns);
   Tensor out = at::empty({Layer(R, A, columns, nullptr).size}, at::kInt);
   write_layout(Layer(R, A, columns, out.data_ptr<int>()), id);
   return out;
@@ -340,13 +345,9 @@ static void for_shares(const F& f) {
   for_each(at::get_num_threads(), [&, shares = at::get_num_threads()](int64_t share) { f(share, shares); });
 }
 // Adds the gradients of all tiles, `stride` floats from one to the next, to those of the first.
-static void add_tiles(float* dw, int64_t stride, int64_t tiles, int64_t n) {
-  for (int64_t t = 1; t < tiles; t++) {
-    const float* from = dw + t * stride;
-    int64_t i = 0;
-    for (; i + V <= n; i += V) store(dw + i, load(dw + i) + load(from + i));
-    for (; i < n; i++) dw[i] += from[i];
-  }
+VECTORIZED add_tiles(float* dw, int64_t stride, int64_t tiles, int64_t n) {
+  for (int64_t t = 1; t < tiles; t++)
+    for (int64_t i = 0; i < n; i++) dw[i] += dw[t * stride + i];
 }
 
 // Each tile goes through all layers at once. tape: keeps the input of every layer, tiles as they are; or null.
@@ -407,16 +408,14 @@ std::tuple<Tensor, Tensor> mlp_backward(const Tensor& grad, const Tensor& x, con
   return {dx, dw};
 }
 
+VECTORIZED follow(float* to, const float* from, float rate, int64_t n) {
+  for (int64_t i = 0; i < n; i++) to[i] += rate * (from[i] - to[i]);
+}
 // W' <- tau W + (1 - tau) W' over all entries, and b'. In a row whose two masks differ, both masters get their values
 // first, then the target's follow; else those of active entries stay as stale as they are.
 void polyak(TensorList online, TensorList masters, TensorList target, TensorList target_masters, double tau) {
   const size_t L = masters.size();
   TORCH_CHECK(online.size() == 3 * L && target.size() == 3 * L && target_masters.size() == L, "different lengths");
-  const auto follow = [rate = (float)tau](float* to, const float* from, int64_t n) {
-    int64_t i = 0;
-    for (; i + V <= n; i += V) store(to + i, load(to + i) + rate * (load(from + i) - load(to + i)));
-    for (; i < n; i++) to[i] += rate * (from[i] - to[i]);
-  };
   std::vector<Layer> from, to;
   for (size_t i = 0; i < L; i++) {
     const Layer& a = from.emplace_back(masters[i].size(1), online[3 * i], online[3 * i + 1], online[3 * i + 2]);
@@ -440,10 +439,10 @@ void polyak(TensorList online, TensorList masters, TensorList target, TensorList
         const bool same = std::equal(column, column + A, other);
         for (int64_t j = 0; j < A && !same; j++) w[column[j]] = v[j];
         for (int64_t j = 0; j < A && !same; j++) tw[other[j]] = tv[j];
-        if (A < C) follow(tw, w, C);
-        if (same) follow(tv, v, A);
+        if (A < C) follow(tw, w, tau, C);
+        if (same) follow(tv, v, tau, A);
         for (int64_t j = 0; j < A && !same; j++) tv[j] = tw[other[j]];
-        if (tb) follow(tb + r, from[i].b + r, 1);
+        if (tb) follow(tb + r, from[i].b + r, tau, 1);
       }
     }
   });
@@ -466,8 +465,7 @@ static void select(const float* w, int64_t C, int64_t n, int64_t m, int64_t* ids
   }
 }
 
-// NMLinear.project; states: what the optimizer holds, with a dense master each. Rows whose mask stays cost but the
-// look.
+// NMLinear.project; states: what the optimizer holds, with a dense master each.
 int64_t project(const Tensor& values, const Tensor& index, const Tensor& master, const Tensor& layout,
                 TensorList states, TensorList state_masters, int64_t n, int64_t m, const std::optional<Tensor>& given) {
   const int64_t R = values.size(0), A = values.size(1), C = master.size(1);
@@ -483,7 +481,9 @@ int64_t project(const Tensor& values, const Tensor& index, const Tensor& master,
   check(values, index), check(index, values), check(master, master);
   for (size_t s = 0; s < states.size(); s++) check(states[s], values), check(state_masters[s], master);
   float *v = values.data_ptr<float>(), *w = master.data_ptr<float>();
-  int64_t *id = index.data_ptr<int64_t>(), *other = given ? given->data_ptr<int64_t>() : nullptr;
+  const Tensor to = given ? given->contiguous() : index;
+  if (given) check_index(to, C);
+  int64_t *id = index.data_ptr<int64_t>(), *other = given ? to.data_ptr<int64_t>() : nullptr;
   std::atomic<int64_t> sad = 0;
   at::parallel_for(0, R, 16384 / C + 1, [&](int64_t r, int64_t last) {
     std::vector<int64_t> next(A);
@@ -507,10 +507,8 @@ int64_t project(const Tensor& values, const Tensor& index, const Tensor& master,
   return sad;
 }
 
-__attribute__((optimize("tree-vectorize"))) static void adam(int64_t n, float* __restrict p, float* __restrict m,
-                                                             float* __restrict s, const float* __restrict g, float c1,
-                                                             float beta2, float c2, float rate, float correction,
-                                                             float eps) {
+VECTORIZED adam(int64_t n, float* __restrict p, float* __restrict m, float* __restrict s, const float* __restrict g,
+                float c1, float beta2, float c2, float rate, float correction, float eps) {
   for (int64_t i = 0; i < n; i++) {
     m[i] += c1 * (g[i] - m[i]);
     s[i] = beta2 * s[i] + c2 * g[i] * g[i];
@@ -600,7 +598,8 @@ std::tuple<Tensor, Tensor, Tensor> update_critics(TensorList batch, TensorList a
   const Tensor result[] = {at::empty({B}), at::empty({B}), at::empty({B})};
   const int64_t size = critics[0].parameters.back(), tiles = tiles_of(B);
   TORCH_CHECK(critics[1].parameters.back() == size && policy.back().R == A && action.C + next_obs.C == C &&
-                  critics[1].outputs == targets[1].outputs && critics[1].outputs == targets[0].outputs,
+                  critics[1].outputs == targets[1].outputs && critics[1].outputs == targets[0].outputs &&
+                  critics[0].back().R == 1 && critics[1].back().R == 1 && reward.C == 1 && terminated.C == 1,
               "networks and batch do not belong together");
   float *vt = scratch(2, 2 * size), *dw = scratch(3, tiles * 2 * size);
   for_shares([&](int64_t share, int64_t shares) {
@@ -650,6 +649,7 @@ Tensor update_actor(const Tensor& obs_, TensorList action_range, TensorList acto
   const Network policy(O, actor);
   const int64_t A = policy.back().R, C = O + A, size = policy.parameters.back(), tiles = tiles_of(B);
   const Network critic(C, qf1);
+  TORCH_CHECK(critic.back().R == 1, "networks and batch do not belong together");
   const auto range = checked(action_range, A);
   const Tensor values = at::empty({B});
   float *vt = scratch(2, size + critic.parameters.back()), *dw = scratch(3, tiles * size);

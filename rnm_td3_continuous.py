@@ -460,8 +460,8 @@ class NativeLinear(CompiledLinear):
     def project(self, optimizer: torch.optim.Optimizer | None = None, index: torch.Tensor | None = None) -> int:
         pairs = self.moments(optimizer)
         moments = [active for active, _ in pairs], [master for _, master in pairs]
-        tensors = self.values, self.index, self.master, self.layout, *moments
-        return torch.ops.rnm_td3.project.default(*tensors, self.n, self.m, index)
+        tensors, m = (self.values, self.index, self.master, self.layout, *moments), min(self.m, self.in_features)
+        return torch.ops.rnm_td3.project.default(*tensors, min(self.n, m), m, index)
 
 
 class NMSequential(nn.Sequential):
@@ -568,22 +568,23 @@ def register_gradients() -> None:
             weights[i] = part.view_as(layers[i]) if need_w[i] else None
         return dx if need_x else None, weights
 
+    def twice(*_) -> None:
+        raise RuntimeError("the native backend has no second derivatives; take masked")
+
     def keep(ctx, inputs: tuple, output: tuple) -> None:
         ctx.save_for_backward(inputs[0], output[1], *inputs[1])
 
-    def shape(x: torch.Tensor, layers: list[torch.Tensor]) -> torch.Tensor:
-        return x.new_empty(x.shape[0], layers[-3].shape[0])
-
     def shapes(x: torch.Tensor, layers: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         width = x.shape[1] + sum(values.shape[0] for values in layers[:-3:3])
-        return shape(x, layers), x.new_empty(-(-x.shape[0] // 128) * 128 * width)
+        return x.new_empty(x.shape[0], layers[-3].shape[0]), x.new_empty(-(-x.shape[0] // 128) * 128 * width)
 
     def backward_shapes(grad, x, tape, layers, need_x, need_w) -> tuple[torch.Tensor, torch.Tensor]:
         size = sum(values.numel() + len(values) for values in layers[::3])
         return x.new_empty(x.shape[0] * need_x, x.shape[1]), x.new_empty(size * need_w)
 
     torch.library.register_autograd("rnm_td3::mlp", backward, setup_context=keep)
-    for name, fake in (("forward", shape), ("mlp", shapes), ("mlp_backward", backward_shapes)):
+    torch.library.register_autograd("rnm_td3::mlp_backward", twice)
+    for name, fake in (("forward", lambda *a: shapes(*a)[0]), ("mlp", shapes), ("mlp_backward", backward_shapes)):
         torch.library.register_fake(f"rnm_td3::{name}", fake)
 
 
@@ -640,9 +641,8 @@ class SemiStructuredLinear(CompiledLinear):
     def pad(self, matrix: torch.Tensor) -> torch.Tensor:
         """`matrix` [R, C] padded with zeros to the shape that the product takes."""
         limits = self.kind._DTYPE_SHAPE_CONSTRAINTS[self.product_dtype]
-        rows = math.ceil(self.out_features / limits.sparse_min_rows) * limits.sparse_min_rows
-        columns = math.ceil(self.in_features / limits.sparse_min_cols) * limits.sparse_min_cols
-        return F.pad(matrix.to(self.product_dtype), (0, columns - matrix.shape[1], 0, rows - matrix.shape[0]))
+        rows, columns = -self.out_features % limits.sparse_min_rows, -self.in_features % limits.sparse_min_cols
+        return F.pad(matrix.to(self.product_dtype), (0, columns, 0, rows))
 
     def packed_weight(self) -> torch.Tensor:
         """W~ [R, C], padded. Both types begin with the active entries, row by row, as `values` has them."""
@@ -815,14 +815,14 @@ def check_args(args: Args) -> None:
 
 
 @contextlib.contextmanager
-def enough_memory() -> Iterator[None]:
-    """Of networks and a buffer that are too large, say which flags to lower. Raises UsageError."""
+def enough_memory(flags: str = "--hidden-sizes or --buffer-size") -> Iterator[None]:
+    """Of what is too large, say which flags to lower. Raises UsageError."""
     try:
         yield
     except (RuntimeError, TypeError) as error:
         if not re.search("memory|overflow|argument 'size'", str(error)):
             raise
-        raise UsageError(f"no memory for --hidden-sizes or --buffer-size; lower them: {error!r}") from error
+        raise UsageError(f"no memory for {flags}; lower them: {error!r}") from error
 
 
 # ---------------------------------------------------------------- environments

@@ -382,14 +382,14 @@ def check_args(args: Args) -> None:
 
 
 @contextlib.contextmanager
-def enough_memory() -> Iterator[None]:
-    """Of networks and a buffer that are too large, say which flags to lower. Raises UsageError."""
+def enough_memory(flags: str = "--hidden-sizes or --buffer-size") -> Iterator[None]:
+    """Of what is too large, say which flags to lower. Raises UsageError."""
     try:
         yield
     except (RuntimeError, TypeError) as error:
         if not re.search("memory|overflow|argument 'size'", str(error)):
             raise
-        raise UsageError(f"no memory for --hidden-sizes or --buffer-size; lower them: {error!r}") from error
+        raise UsageError(f"no memory for {flags}; lower them: {error!r}") from error
 
 
 # ---------------------------------------------------------------- environments

@@ -21,12 +21,15 @@ from torch.utils import cpp_extension
 from rnm_td3_continuous import (
     BACKENDS,
     TD3,
+    Actor,
     Args,
     Batch,
+    NativeActor,
     NativeLinear,
     NativeTD3,
     NMLinear,
     NMSequential,
+    QNetwork,
     UsageError,
     choose_backend,
     load_kernels,
@@ -183,7 +186,7 @@ def test_operators_pass_pytorchs_opcheck(needs_grad):
     torch.library.opcheck(torch.ops.rnm_td3.mlp.default, (x, tensors))
     y, tape = torch.ops.rnm_td3.mlp(x, tensors)
     frozen = [tensor.detach() for tensor in tensors]
-    args = (torch.randn_like(y), x.detach(), tape, frozen, True, True)
+    args = (torch.randn_like(y), x.detach(), tape.detach(), frozen, True, True)  # it has no derivative itself
     torch.library.opcheck(torch.ops.rnm_td3.mlp_backward.default, args)
     if not needs_grad:
         torch.library.opcheck(torch.ops.rnm_td3.forward.default, (x, tensors))
@@ -349,7 +352,8 @@ def test_fused_updates_equal_those_with_autograd(dense_layers):
         for agent, result in zip(agents, results, strict=True):
             torch.manual_seed(step)
             obs = batch.obs[0].numpy()
-            result += [torch.from_numpy(agent.actor.act(obs, noise)) for noise in (0, 3)]
+            act = NativeActor.act if agent is agents[1] else Actor.act  # both have native layers
+            result += [torch.from_numpy(act(agent.actor, obs, noise)) for noise in (0, 3)]
         for ours, theirs in zip(*results, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     for agent in agents:
@@ -434,6 +438,33 @@ def test_projection_matches_the_reference(rows, columns, m, share, levels, seed,
             ]
             assert torch.equal(*moments)
         assert torch.equal(layers[0].layout, torch.ops.rnm_td3.layout(layers[0].index, columns))
+
+
+@needs_kernels
+def test_projection_to_an_index_that_lies_elsewhere_or_is_none():
+    index = torch.tensor([[0, 5], [2, 4], [1, 7]])
+    layer = NativeLinear(8, 3, n=1, m=4)
+    layer.project(index=index.t().contiguous().t())
+    assert torch.equal(layer.index, index)
+    for wrong in ([0, 8], [5, 0], [3, 3], [0, 10**9], [-1, 5]):
+        with pytest.raises(RuntimeError, match="columns of a row have to ascend and to lie in its matrix"):
+            layer.project(index=torch.tensor([[0, 5], wrong, [1, 7]]))
+    assert torch.equal(layer.index, index)
+
+
+@needs_kernels
+def test_groups_longer_than_any_number_the_kernels_know():
+    layers = [BACKENDS[backend].from_linear(nn.Linear(6, 5), 10**30 - 1, 10**30) for backend in ("native", "masked")]
+    assert [layer.project() for layer in layers] == [0, 0] and layers[0].values.shape == (5, 6)
+
+
+@needs_kernels
+def test_second_derivatives_are_refused():
+    """They would be zero without a word."""
+    layer, x = NativeLinear(16, 8, n=1, m=4), torch.randn(3, 16, requires_grad=True)
+    (first,) = torch.autograd.grad(layer(x).pow(2).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivatives; take masked"):
+        first.pow(2).sum().backward()
 
 
 @needs_kernels
@@ -545,6 +576,20 @@ def test_what_does_not_fit_is_refused():
         agent.update_critics(batch._replace(reward=batch.reward[:7]))
     with pytest.raises(RuntimeError, match="do not belong together"):
         agent.update_critics(batch._replace(next_obs=batch.next_obs[:, :4]))
+    for name in ("reward", "terminated"):
+        with pytest.raises(RuntimeError, match="do not belong together"):
+            agent.update_critics(batch._replace(**{name: torch.zeros(8, 2)}))
+    (two_values,) = make_agents(NATIVE)
+    for name in ("qf1", "qf2", "qf1_target", "qf2_target"):
+        network = QNetwork(batch.obs.shape[1], batch.action.shape[1], (32,))
+        network.net[-1] = torch.nn.Linear(32, 2)
+        two_values.networks[name] = sparsify(network, 1, 4, backend="native")
+    two_values.qf1, two_values.qf2 = two_values.networks["qf1"], two_values.networks["qf2"]
+    two_values.q_optimizer = torch.optim.Adam([*two_values.qf1.parameters(), *two_values.qf2.parameters()])
+    with pytest.raises(RuntimeError, match="do not belong together"):
+        two_values.update_critics(batch)
+    with pytest.raises(RuntimeError, match="do not belong together"):
+        two_values.update_actor(batch.obs)
     agent.qf2 = agent.networks["qf2"] = make_agents(NATIVE, hidden_sizes=(37, 25))[0].qf2
     with pytest.raises(RuntimeError, match="do not belong together"):
         agent.update_critics(batch)
