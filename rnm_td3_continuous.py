@@ -360,9 +360,9 @@ class TD3:
     def project(self) -> dict[str, int]:
         """New masks for every layer of all six networks. Returns the SAD of each layer."""
         sad = {}
-        for name, layer in self.nm_layers.items():
-            online = name.replace("_target", "")
-            index = self.nm_layers[online].index if name != online and self.args.target_mask == "online" else None
+        for name, layer in self.nm_layers.items():  # online ones come first
+            online = self.nm_layers[name.replace("_target", "")]  # the layer itself, unless it is a target's
+            index = online.index if layer is not online and self.args.target_mask == "online" else None
             sad[name] = layer.project(self.optimizers.get(name.split(".")[0]), index)
         return sad
 
@@ -374,7 +374,7 @@ def train(args: Args) -> tuple[TD3, ReplayBuffer, Path]:
     """One run, from its first step or from its last checkpoint. Returns agent, buffer, run folder.
 
     Raises: UsageError before any work; FloatingPointError for NaN or infinity; EnvironmentFault; OSError for a full
-    disk, say; KeyboardInterrupt or SystemExit after SIGINT or SIGTERM. The checkpoints stay whole.
+    disk, say; RuntimeError for want of memory; KeyboardInterrupt or SystemExit after a signal. Checkpoints stay whole.
     """
     check_args(args)
     env = make_env(args.env_id, args.capture_video)
@@ -386,10 +386,9 @@ def train(args: Args) -> tuple[TD3, ReplayBuffer, Path]:
     env.action_space.seed(args.seed)
 
     obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
-    with enough_memory():
-        td3 = choose_agent(args, obs_dim, action_dim, device)  # TD3, or a faster subclass; settles args.backend
-        agent = td3(obs_dim, env.action_space.low, env.action_space.high, args, device)
-        buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim)
+    td3 = choose_agent(args, obs_dim, action_dim, device)  # TD3, or a faster subclass; settles args.backend
+    agent = td3(obs_dim, env.action_space.low, env.action_space.high, args, device)
+    buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim)
 
     with SparseRun(args, agent, buffer, env, device) as run:  # folder, logs, evaluations, checkpoints, signals
         env, obs = run.start()  # env is filmed, if asked for; obs is that of its first reset
@@ -402,7 +401,7 @@ def train(args: Args) -> tuple[TD3, ReplayBuffer, Path]:
             finish_step = run.step_env(action)
 
             # learn: one update per environment step, on transitions up to the one before
-            update = step - max(args.learning_starts, 1)  # at the first step the buffer is empty
+            update = step - max(args.learning_starts, 1)  # its number; at step 1 the buffer is empty
             if update >= 1:
                 batch = buffer.sample(args.batch_size, device)
                 values = agent.update_critics(batch)
@@ -800,7 +799,7 @@ def check_args(args: Args) -> None:
     reasons = {"batch_size": " (--buffer-size)", "learning_starts": " (--total-timesteps)", "n": " (--m)"}
     for name, (low, high) in limits.items():
         value, flag = getattr(args, name), f"--{name.replace('_', '-')}"
-        if not (low <= value <= high and math.isfinite(value)):
+        if not (low <= value <= high and value != math.inf):
             raise UsageError(f"{flag} is {value}; give a number from {low} to {high}{reasons.get(name, '')}")
     if min(args.hidden_sizes, default=0) < 1:
         raise UsageError(f"--hidden-sizes is {args.hidden_sizes}; give one or more sizes of at least 1")
@@ -815,7 +814,7 @@ def check_args(args: Args) -> None:
 
 
 @contextlib.contextmanager
-def enough_memory(flags: str = "--hidden-sizes or --buffer-size") -> Iterator[None]:
+def enough_memory(flags: str = "--hidden-sizes, --buffer-size or --batch-size") -> Iterator[None]:
     """Of what is too large, say which flags to lower. Raises UsageError."""
     try:
         yield
@@ -922,7 +921,10 @@ class Run:
         self.args, self.agent, self.buffer, self.env, self.device = args, agent, buffer, env, device
         versions = {name: importlib.metadata.version(name) for name in ("torch", "gymnasium", "mujoco", "numpy")}
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-        machine = {"device": name, "cpu": torch.backends.cpu.get_cpu_capability(), "versions": versions}
+        info = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
+        cpu = re.findall(r"^(?:vendor_id|cpu family|model)\t*: (.*)", info, re.MULTILINE)[:3]
+        cpu.append(torch.backends.cpu.get_cpu_capability())  # by these, libraries choose their kernels
+        machine = {"device": name, "cpu": " ".join(cpu), "versions": versions}
         machine |= {"num_threads": torch.get_num_threads(), "obs_dim": buffer.widths[0], "action_dim": buffer.widths[1]}
         self.config = {**vars(args), **machine}
         self.eval_env = make_env(args.env_id)
@@ -950,7 +952,7 @@ class Run:
         obs, _ = self.env.reset(seed=None if args.resume else args.seed)
         self.open_logs()
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
                 if signal.getsignal(number) is not signal.SIG_IGN:  # as `nohup` and a shell's `&` set it
                     self.handlers[number] = signal.signal(number, self.receive)
         resumed = f", resumed at step {self.step}" if args.resume else ""
@@ -959,7 +961,7 @@ class Run:
         return self.env, obs
 
     def receive(self, number: int, frame) -> None:
-        """SIGINT and SIGTERM: finish the episode, for 10 s at most. A SIGINT after it ends the process at once."""
+        """Finish the episode, for 10 s at most. A SIGINT after the signal ends the process at once."""
         self.signal, self.deadline = number, time.monotonic() + 10
         for each in self.handlers:
             signal.signal(each, signal.SIG_DFL if each == signal.SIGINT else signal.SIG_IGN)  # Slurm may send two
@@ -1083,7 +1085,8 @@ class Run:
         if terminal or now - self.last_line >= 60 or self.step == total:
             end, self.last_line = "\033[K\r" if terminal and self.step < total else "\n", now  # \033[K: clears the rest
             returns = f"return {self.last_return:.1f}, evaluation {self.last_evaluation:.1f}"
-            print(f"step {self.step}/{total}, {speed} steps/s, {returns}", end=end, flush=True)
+            with contextlib.suppress(OSError):  # a terminal or a pager that is closed: the logs have it
+                print(f"step {self.step}/{total}, {speed} steps/s, {returns}", end=end, flush=True)
 
     # ---- checkpoints
 
@@ -1195,8 +1198,11 @@ class SparseRun(Run):
 
     def open_logs(self) -> None:
         super().open_logs()
-        if (path := self.folder / "masks.bin").exists():
-            os.truncate(path, min(self.rows[path.name], path.stat().st_size))  # to where the checkpoint was
+        if (path := self.folder / "masks.bin").exists() and path.stat().st_size < self.rows[path.name]:
+            print(f"note: {path} is cut, now masks.bin.cut; the history goes on in a new masks.bin", file=sys.stderr)
+            path.rename(f"{path}.cut")
+        elif path.exists():
+            os.truncate(path, self.rows[path.name])  # to where the checkpoint was
         self.masks = flat_masks(self.agent)
         if not self.args.resume:
             networks = {**self.agent.networks, "total": nn.ModuleDict(self.agent.networks)}
@@ -1291,8 +1297,8 @@ class Checkpoints:
         new, stop = min(buffer.added - self.added, buffer.size), buffer.added % buffer.capacity
         rows, start, digest = buffer.rows_numpy, stop - new, self.digest.copy()
         self.folder.mkdir(exist_ok=True)
-        with open(self.folder / "replay.f32", "ab") as file:
-            file.truncate(self.rows * rows[0].nbytes)
+        with open(self.folder / "replay.f32", "r+b" if self.rows else "wb") as file:  # not one that was deleted
+            file.seek(file.truncate(self.rows * rows[0].nbytes))
             for part in [rows[start:stop]] if start >= 0 else [rows[start:], rows[:stop]]:
                 file.write(part)
                 digest.update(part)
@@ -1407,7 +1413,7 @@ def evaluate_model(args: Args) -> None:
 
 
 def main() -> int:
-    """Exit code: 0 done, 1 stopped by a fault, 2 bad input, 130 interrupted (SIGINT), 143 terminated (SIGTERM)."""
+    """Exit code: 0 done, 1 stopped by a fault, 2 bad input, 130 interrupted (SIGINT), 143 SIGTERM, 129 SIGHUP."""
     args, show = tyro.cli(Args, description=__doc__), threading.excepthook
     # a full disk in TensorBoard's thread: flushing its writer raises that where a run can end with it
     threading.excepthook = lambda failure: None if issubclass(failure.exc_type, OSError) else show(failure)
@@ -1422,7 +1428,8 @@ def main() -> int:
             args = tyro.cli(Args, description=__doc__, default=saved)
         if args.profile:
             os.environ["CUDA_LAUNCH_BLOCKING"] = "1"  # the time of a kernel counts where it is launched
-        train(args) if args.evaluate is None else evaluate_model(args)
+        with enough_memory():  # some of it is taken at the first update
+            train(args) if args.evaluate is None else evaluate_model(args)
     except (UsageError, EnvironmentFault, FloatingPointError, OSError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)  # one line, whatever a library had to say
         return 2 if isinstance(error, UsageError) else 1

@@ -51,9 +51,9 @@ BAD = {
     "--env-id Raises-v0": "cannot be made: RuntimeError",
     "--env-id Scripted-v0 --overlap --capture-video": "drop --capture-video",
     "--env-id Scripted-v0 --capture-video": "to render without a screen, try MUJOCO_GL=egl",
-    "--env-id Scripted-v0 --buffer-size 1000000000000000": "no memory for --hidden-sizes or --buffer-size; lower them",
-    "--env-id Scripted-v0 --buffer-size 1000000000000000000000000": "no memory for --hidden-sizes or --buffer-size",
-    "--env-id Scripted-v0 --hidden-sizes 1000000000000000": "no memory for --hidden-sizes or --buffer-size",
+    "--env-id Scripted-v0 --buffer-size 1000000000000000": "no memory for --hidden-sizes, --buffer-size or",
+    "--env-id Scripted-v0 --buffer-size 1000000000000000000000000": "no memory for --hidden-sizes, --buffer-size or",
+    "--env-id Scripted-v0 --hidden-sizes 1000000000000000": "no memory for --hidden-sizes, --buffer-size or",
     "--evaluate model.pt --eval-episodes 0": "--eval-episodes is 0;",
     "--evaluate=": ": cannot be read",
 }

@@ -83,7 +83,7 @@ def read(script, folder, buffer=None):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_signals_finish_evaluation_and_episode(script, number, code):
     """Within a second: an evaluation of 3000 short episodes, then the rest of the episode; the checkpoint is exact."""
     options = {"total_timesteps": 10**6, "eval_interval": 40, "eval_episodes": 3000, "checkpoint_interval": 10**6}
@@ -120,6 +120,31 @@ def test_a_second_ctrl_c_ends_a_run_that_hangs_and_the_checkpoint_is_whole(numbe
     process.communicate(timeout=5)
     assert process.returncode == -signal.SIGINT  # a shell makes it 130
     assert read(rnm, folder, rnm.ReplayBuffer(100, 2, 3))[0]["step"] == 30
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_pager_that_is_closed_costs_nothing(script):
+    process = start(script, *flags_of({**TINY, **IMPORTED, "total_timesteps": 100}))
+    folder = folder_of(process)
+    process.stdout.close()
+    assert "error" not in process.stderr.read() and process.wait(timeout=60) in (0, 120)  # 120: Python's own
+    assert checkpoints_of(folder)[-1] == 100 and (folder / "episodes.csv").read_text().count("\n") > 12
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_checkpoints_that_are_deleted_while_a_run_goes_on(script, monkeypatch, capsys):
+    """None is written that could not be read."""
+    add = script.ReplayBuffer.add
+
+    def add_and_delete(self, *transition):
+        add(self, *transition)
+        if self.added == 35:
+            shutil.rmtree(next(Path("runs").iterdir()) / "checkpoints")
+
+    monkeypatch.setattr(script.ReplayBuffer, "add", add_and_delete)
+    _, _, folder = script.train(script.Args(**TINY))
+    assert checkpoints_of(folder) == []
+    assert "warning: no checkpoint at step 60, the one before is kept: [Errno 2]" in capsys.readouterr().err
 
 
 def test_signals_that_are_ignored_stay_so(monkeypatch):
@@ -462,10 +487,18 @@ def flip(data, at):
     return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
 
 
+def a_place_that_counts(data):
+    """Not in the padding between the files of an archive."""
+    if not zipfile.is_zipfile(io.BytesIO(data)):
+        return len(data) // 2
+    archive = zipfile.ZipFile(io.BytesIO(data))
+    return data.index(archive.read(max(archive.infolist(), key=lambda info: info.file_size))) + 9
+
+
 DAMAGE = {
     "truncated": lambda data: data[: len(data) // 2],
     "empty": lambda data: b"",
-    "a bit flipped": lambda data: flip(data, len(data) // 2),
+    "a bit flipped": lambda data: flip(data, a_place_that_counts(data)),
     "without its end": lambda data: data[:-1],
     "missing": None,
     "no zip file": lambda data: b"x" * len(data),

@@ -14,10 +14,11 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from environments import Scripted, needs_gpu
+from environments import needs_gpu
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import rnm_td3_continuous as rnm
+import sad_analysis
 import td3_continuous as td3
 
 SCRIPTS = [rnm, td3]
@@ -279,7 +280,6 @@ def test_what_an_environment_carries_over_a_reset_begins_anew(script, monkeypatc
     rows = buffer.rows[:60].numpy()
     assert (rows[:60, :2] + [0, 1] == rows[:60, 5:7]).all()
     assert rows[33].tolist()[:2] == [10, 3] and rows[34].tolist()[:2] == [0, 0]
-    assert isinstance(gym.make("Scripted-v0").unwrapped, Scripted)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -299,6 +299,23 @@ def test_rows_that_are_missing_are_said(script, name, left, capsys):
     now = (folder / name).read_text().splitlines(keepends=True)
     assert now[: 1 + (left or 0)] == lines[: 1 + (left or 0)] and int(now[-1].split(",")[0]) > 60
     assert all(line.count(",") == lines[0].count(",") for line in now)
+
+
+def test_a_mask_history_that_is_cut_is_said_and_goes_on_in_a_new_file(capsys):
+    settings = {**SMALL, "mask_update_interval": 5, "learning_rate": 1e-2}
+    _, _, folder = rnm.train(rnm.Args(**settings))
+    whole = (folder / "masks.bin").read_bytes()
+    (folder / "masks.bin").write_bytes(whole[:-7])
+    capsys.readouterr()
+    agent, _, _ = rnm.train(rnm.Args(**{**settings, "total_timesteps": 90}, resume=str(folder)))
+    assert f"note: {folder}/masks.bin is cut, now masks.bin.cut; the history goes on in" in capsys.readouterr().err
+    assert (folder / "masks.bin.cut").read_bytes() == whole[:-7]
+    _, _, rows = sad_analysis.read_masks(folder, 5, notes := [])
+    assert [update for _, update, _ in rows] == [45, 50, 55, 60, 65, 70] and not notes
+    masks = np.zeros_like(rnm.flat_masks(agent))
+    for *_, changed in rows:
+        masks[changed] ^= True
+    assert (masks == rnm.flat_masks(agent)).all()
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -118,11 +118,15 @@ def test_acting_and_updating(script, monkeypatch):
     """Random actions before learning, noisy ones after; one critic update a step, an actor update every second."""
     calls = []
     agent, act = TRAINED[script], script.Actor.act
-    critics, actor = agent.update_critics, agent.update_actor
+    critics, actor, targets = agent.update_critics, agent.update_actor, agent.update_targets
     monkeypatch.setattr(
         agent, "update_critics", lambda self, batch: calls.append(len(batch[0])) or critics(self, batch)
     )
     monkeypatch.setattr(agent, "update_actor", lambda self, obs: calls.append("actor") or actor(self, obs))
+    monkeypatch.setattr(agent, "update_targets", lambda self: calls.append("targets") or targets(self))
+    if script is rnm:
+        project = agent.project
+        monkeypatch.setattr(agent, "project", lambda self: calls.append("project") or project(self))
     clean, noises = [], []
 
     def spy(self, obs, noise=0.0):
@@ -131,16 +135,38 @@ def test_acting_and_updating(script, monkeypatch):
         return act(self, obs, noise)
 
     monkeypatch.setattr(script.Actor, "act", spy)
-    changes = {"total_timesteps": 40, "exploration_noise": 0.3} | ({"backend": "masked"} if script is rnm else {})
+    changes = {"total_timesteps": 40, "exploration_noise": 0.3}
+    changes |= {"backend": "masked", "mask_update_interval": 4} if script is rnm else {}
     _, buffer, _ = script.train(script.Args(**{**SMALL, **changes}))
     space = gym.make("Scripted-v0").action_space
     space.seed(1)
     stored = buffer.rows[:40, 2:5].numpy()
     assert (stored[:20] == np.stack([space.sample() for _ in range(20)])).all()
-    assert calls == [8, 8, "actor"] * 10
+    two = [8, 8, "actor", "targets"]  # and a projection comes last
+    assert calls == (two * 10 if script is td3 else [*two, *two, "project"] * 5)
     assert noises[:20] == [0.3] * 20
     half_range = (space.high - space.low) / 2
     assert 0.05 < ((stored[20:] - np.stack(clean[:20])) / half_range).std() < 0.4
+
+
+@pytest.mark.parametrize("dense_layers", ["none", "last"])
+def test_an_agent_starts_as_its_flag_says(dense_layers):
+    """The weights of `nn.Linear`, times a factor for the whole layer or as they are; active are the largest."""
+    sizes, agents = {"hidden_sizes": (24, 40), "n": 1, "m": 4, "dense_layers": dense_layers, "backend": "masked"}, {}
+    for init in ("linear", "variance"):
+        torch.manual_seed(5)
+        agents[init] = rnm.TD3(5, -np.ones(3), np.ones(3), rnm.Args(init=init, **sizes), torch.device("cpu"))
+    torch.manual_seed(5)
+    dense = td3.TD3(5, -np.ones(3), np.ones(3), td3.Args(hidden_sizes=(24, 40)), torch.device("cpu"))
+    for name, layer in agents["linear"].nm_layers.items():
+        network, number = name.split(".net.")
+        start = dense.networks[network].net[int(number)].weight
+        kept = start * rnm.nm_mask(start, 1, 4)
+        assert torch.equal(layer.master, start) and torch.equal(layer.sparse_weight(), kept)
+        factor = start.norm() / kept.norm()
+        torch.testing.assert_close(agents["variance"].nm_layers[name].master, start * factor, rtol=1e-6, atol=0)
+        assert factor > 1.2
+    assert len(agents["linear"].nm_layers) == (18 if dense_layers == "none" else 12)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
