@@ -42,7 +42,7 @@ def test_at_least(bound, bounds, verdict):
     assert claims.more(bound, bounds) == verdict
 
 
-def sweep_of(returns, steps=200):
+def sweep_of(returns, steps=200, folder="study"):
     """A folder as sweep.py leaves it: by environment, kind and seed, one return at all evaluations, and seconds."""
     plan = {}
     for env, kinds in returns.items():
@@ -51,27 +51,36 @@ def sweep_of(returns, steps=200):
                 kind = pattern.replace(":", "_") + (f"__{variant}" if variant != "base" else "")
                 name = f"{env}__{kind}__{seed}"
                 plan[name] = [env, pattern, seed, steps, [] if variant == "base" else ["--init", "linear"], variant]
-                folder = Path("study/runs", name)
-                folder.mkdir(parents=True)
+                run = Path(folder, "runs", name)
+                run.mkdir(parents=True)
                 config = {"env_id": env, "seed": seed, "total_timesteps": steps, "eval_interval": 10}
                 if pattern != "dense":
                     n, m = map(int, pattern.split(":"))
                     config |= {"n": n, "m": m, "mask_update_interval": 1000}
-                (folder / "config.json").write_text(json.dumps(config))
+                (run / "config.json").write_text(json.dumps(config))
                 rows = [f"{step},{value},{value},0,{seconds * step / steps}" for step in range(10, steps + 1, 10)]
-                (folder / "evaluations.csv").write_text("\n".join(["step,return_1,mean,std,seconds", *rows, ""]))
-    Path("study/sweep.json").write_text(json.dumps(plan))
-    return Path("study")
+                (run / "evaluations.csv").write_text("\n".join(["step,return_1,mean,std,seconds", *rows, ""]))
+    Path(folder, "sweep.json").write_text(json.dumps(plan))
+    return Path(folder)
 
 
-def test_the_table():
+def test_the_table(monkeypatch):
     dense, sparse = [(100.0, 20), (110.0, 20), (90.0, 20)], [(114.0, 10), (115.0, 10), (113.0, 10)]
     kinds = {("dense", "base"): dense, ("2:4", "base"): sparse, ("1:8", "base"): [(value / 2, 5) for value, _ in dense]}
-    folder = sweep_of({"Ant-v5": kinds | {("1:8", "letter"): [(10.0, 5)]}, "HalfCheetah-v5": kinds})
+    folder = sweep_of(
+        {"Ant-v5": kinds | {("1:8", "letter"): [(10.0, 5)], ("1:8", "wide"): [(120.0, 9)]}, "HalfCheetah-v5": kinds}
+    )
     (folder / "sad").mkdir()
     found = {"runs": 30, "within_groups_spearman": -0.4, "within_groups_interval": [-0.7, -0.1]}
     (folder / "sad/summary.json").write_text(json.dumps({"stability_and_return": {"Ant-v5": found, "Hopper-v5": {}}}))
+    kinds = {("1:8", "base"): [(10.0, 1), (12.0, 1)], ("1:8", "K10000"): [(20.0, 1), (24.0, 1)]}
+    monkeypatch.setattr(claims, "INTERVALS", sweep_of({"Ant-v5": kinds}, folder="intervals"))
     rows = {(claim, how, where): rest for claim, how, where, *rest in claims.claims(folder)}
+    key = "1:8: rarer mask updates help", "K = 10 000 to K = 1 000", "Ant-v5"
+    assert rows.pop(key) == ["2.00 [1.67, 2.40]", "2", "confirmed"]
+    speeds = [rows.pop(key) for key in list(rows) if key[1] == "two threads, CleanRL"]
+    assert len(speeds) == 6 and [row[2] for row in speeds] == ["confirmed"] * 6
+    assert rows["1:8 competes (at least 0.8)", "wide", "Ant-v5"][::2] == ["1.20", "undecided"]
     recipe, both = "the recipe, 3e-4", "mean of 2 environments"
     ours, runs, verdict = rows["2:4 is 1.14 of dense", recipe, "Ant-v5"]
     assert ours.startswith("1.14 [1.0") and (runs, verdict) == ("3", "confirmed")
@@ -82,8 +91,9 @@ def test_the_table():
     assert 1.0 < low < 1.14 < high < 1.3 and matches[2][0].startswith("1.14 ")
     assert rows["1:8 competes (at least 0.8)", recipe, both][2] == "refuted"
     assert rows["1:8 competes (at least 0.8)", "to the letter", "Ant-v5"] == ["0.10", "1", "undecided"]
-    assert rows["2:4 trains faster", "steps per second", "Ant-v5"][0] == "2.00 [2.00, 2.00]"
-    assert rows["1:8 trains faster", "steps per second", "HalfCheetah-v5"][::2] == ["4.00 [4.00, 4.00]", "confirmed"]
+    assert rows["2:4 trains faster", "these runs, our dense twin", "Ant-v5"][0] == "2.00 [2.00, 2.00]"
+    faster = rows["1:8 trains faster", "these runs, our dense twin", "HalfCheetah-v5"]
+    assert faster[::2] == ["4.00 [4.00, 4.00]", "confirmed"]
     assert rows["stable SAD, better return", "rank correlation", "Ant-v5"] == ["-0.40 [-0.70, -0.10]", "30", "refuted"]
     assert not [key for key in rows if key[0].startswith("1:4") or key[2] == "Hopper-v5" or key[1] == "best step sizes"]
     assert np.isfinite([float(row[0].split()[0]) for row in rows.values()]).all()
@@ -93,7 +103,8 @@ def test_no_ratio_to_what_is_not_positive_and_no_run_lost_without_a_word(capsys)
     low, lower = [(-100.0, 1)] * 2, [(-300.0, 1)] * 2
     folder = sweep_of({"Ant-v5": {("dense", "base"): low, ("1:8", "base"): lower}})
     (folder / "runs/Ant-v5__1_8__2/evaluations.csv").write_text("step,mean,std\n")
-    assert [row[0] for row in claims.claims(folder)] == ["1:8 trains faster"]
+    rows = [row for row in claims.claims(folder) if row[1] != "two threads, CleanRL"]
+    assert [row[0] for row in rows] == ["1:8 trains faster"]
     assert capsys.readouterr().err.startswith("left out: Ant-v5__1_8__2: ")
 
 

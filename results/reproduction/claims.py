@@ -3,6 +3,7 @@
 python results/reproduction/claims.py
 """
 
+import csv
 import json
 import sys
 from pathlib import Path
@@ -13,9 +14,10 @@ sys.path.insert(0, str(Path.cwd()))
 import sad_analysis as sad
 import sweep
 
-HERE = Path("results/reproduction")
+HERE, INTERVALS = Path("results/reproduction"), Path("results/recipe/intervals")
+SPEED = Path(__file__).parents[1] / "speed/zen4"
 ENVS = ("HalfCheetah-v5", "Ant-v5", "Walker2d-v5", "Hopper-v5")
-VARIANTS = {"": "the recipe, 3e-4", ", letter": "to the letter", ", best": "best step sizes"}
+VARIANTS = {"": "the recipe, 3e-4", ", letter": "to the letter", ", best": "best step sizes", ", wide": "wide"}
 Interval = list[float] | None  # 95 %; None: of one run
 
 
@@ -64,6 +66,7 @@ def claims(folder: Path) -> list[list[str]]:
     results, missing = sweep.read_results(plan)
     print(*[f"left out: {line}" for line in missing], sep="\n", end="\n" * bool(missing), file=sys.stderr)
     dense, rows = sweep.dense_of(results, plan), []
+    dense |= {key: "dense" for key in results if key[1].endswith(", wide") and (key[0], "dense") in results}
 
     def add(claim: str, how: str, where: str, value: float, bounds: Interval, runs: int, verdict: str) -> None:
         brackets = [f"{bound:.2f}" for bound in bounds or ()]
@@ -80,12 +83,27 @@ def claims(folder: Path) -> list[list[str]]:
         ):  # fmt: skip
             for where, (value, bounds, runs) in found[pattern].items():
                 add(f"{what} (at least {least})", how, where, value, bounds, runs, more(least, bounds))
+    studied = sweep.read_results(sweep.read_plan(INTERVALS))[0]
+    for env, kind in studied:
+        if kind in ("1:4, K10000", "1:8, K10000") and (env, pattern := kind[:3]) in studied:
+            value, bounds = compare(studied, {(env, kind): pattern}, (env, kind))
+            runs, verdict = len(studied[env, kind]), more(1, bounds)
+            add(f"{pattern}: rarer mask updates help", "K = 10 000 to K = 1 000", env, value, bounds, runs, verdict)
+    for name, where in (("halfcheetah_2_threads", "HalfCheetah-v4"), ("ant", "Ant-v4")):
+        with open(SPEED / f"{name}.csv") as file:
+            rounds = {
+                row["name"]: np.array([float(row[f"run_{i}"]) for i in (1, 2, 3)]) for row in csv.DictReader(file)
+            }
+        for pattern in ("2:4", "1:4", "1:8"):
+            samples = [rounds[pattern], rounds["CleanRL"]]
+            value, bounds = sweep.ratio(*samples), sad.bootstrap(samples, sweep.ratio, 1)
+            add(f"{pattern} trains faster", "two threads, CleanRL", where, value, bounds, 3, more(1, bounds))
     for pattern in ("2:4", "1:4", "1:8"):
         for env in ENVS:
             if (env, pattern) in dense:
                 value, bounds = compare(results, dense, (env, pattern), rates)
                 runs, verdict = len(results[env, pattern]), more(1, bounds)
-                add(f"{pattern} trains faster", "steps per second", env, value, bounds, runs, verdict)
+                add(f"{pattern} trains faster", "these runs, our dense twin", env, value, bounds, runs, verdict)
     if (summary := folder / "sad" / "summary.json").exists():
         for env, found in json.loads(summary.read_text())["stability_and_return"].items():
             if "within_groups_spearman" in found:
