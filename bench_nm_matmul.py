@@ -441,7 +441,7 @@ def main() -> int:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     except OSError as error:  # the table is on the screen
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

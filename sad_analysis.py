@@ -392,9 +392,11 @@ def add_history(run: Run, matrix_size: int) -> None:
         run.history = analyse_masks(layers, shapes, rows, matrix_size)
         run.sad, run.stability = summarise(run.history), stability(run.history)
         run.history.spells = np.zeros((4, 0))  # summarised, and large
-        if run.history.updates[-1] + interval <= config["total_timesteps"] - config.get("learning_starts", 0):
+        end = config["total_timesteps"] - config.get("learning_starts", 0)
+        early = "end early" if run.history.updates[-1] + interval <= end else ""
+        if problem := early or "begin late" * bool(run.history.updates[0]):
             run.stability = {"spread": None, "slope": None}
-            run.notes.append("its masks end early: nothing is said on their stability")
+            run.notes.append(f"its masks {problem}: nothing is said on their stability")
 
 
 # ---------------------------------------------------------------- statistics

@@ -424,7 +424,7 @@ def read_results(plan: dict[str, Task]) -> tuple[dict[tuple[str, str], list[Run]
             if not task.results.exists():
                 raise ValueError("not finished yet")
             run, goal = sad.read_run(task.results), goals[task.env_id]
-            weights(run.config)  # raises where its sizes are damaged
+            weights(run.config), while_learning(run)  # raise where its numbers are damaged
             if not len(run.steps) or run.steps[-1] < goal:
                 raise ValueError(run.notes[0] if run.notes else f"at step {run.steps[-1]} of {goal}")
             if np.isnan(run.seconds).any():  # up to 24cabbf

@@ -386,7 +386,8 @@ def enough_memory(flags: str = "--hidden-sizes, --buffer-size or --batch-size") 
     try:
         yield
     except (RuntimeError, TypeError) as error:
-        if not re.search("memory|overflow|argument 'size'", str(error)):
+        known = re.search("allocate memory|not enough memory|out of memory|overflow|argument 'size'", str(error))
+        if not known or hasattr(error, "__notes__"):  # a run that got far needs no other flags
             raise
         raise UsageError(f"no memory for {flags}; lower them: {error!r}") from error
 
@@ -531,9 +532,11 @@ class Run:
         self.signal, self.deadline = number, time.monotonic() + 10
         for each in self.handlers:
             signal.signal(each, signal.SIG_DFL if each == signal.SIGINT else signal.SIG_IGN)  # Slurm may send two
-        with contextlib.suppress(OSError):
-            what = b"episode" if self.args.checkpoint_interval else b"step"
+        what = b"episode" if self.args.checkpoint_interval else b"step"
+        try:
             os.write(2, b"\nfinishing the " + what + b"; Ctrl-C again ends at once\n")
+        except OSError:  # the terminal is closed: nothing is left to say
+            sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
 
     def steps(self) -> Iterator[int]:
         while self.step < self.args.total_timesteps and not self.stopped:
@@ -752,6 +755,8 @@ class Run:
         advice = advice if self.checkpointed else "there is no checkpoint"
         if isinstance(error, EnvironmentFault | OSError):
             raise kind(f"step {self.step}: {error}; {advice}") from error
+        if error and self.checkpointed:
+            error.add_note(advice)
         if self.signal and not error:
             print(
                 f"\ninterrupted at step {self.step}; everything so far is in {self.folder}; {advice}", file=sys.stderr
@@ -800,11 +805,14 @@ class Checkpoints:
 
     def write(self, step: int, state: dict, buffer: ReplayBuffer) -> None:
         """Raises OSError; the next call then writes what this one could not."""
+        path, rows = self.folder / "replay.f32", buffer.rows_numpy
+        if (path.stat().st_size if path.exists() else 0) < self.rows * rows[0].nbytes:  # deleted, say: write all anew
+            self.rows, self.digest, self.added = 0, hashlib.sha256(), buffer.added - buffer.size
         new, stop = min(buffer.added - self.added, buffer.size), buffer.added % buffer.capacity
-        rows, start, digest = buffer.rows_numpy, stop - new, self.digest.copy()
+        start, digest = stop - new, self.digest.copy()
         self.folder.mkdir(exist_ok=True)
-        with open(self.folder / "replay.f32", "r+b" if self.rows else "wb") as file:  # not one that was deleted
-            file.seek(file.truncate(self.rows * rows[0].nbytes))
+        with open(path, "ab") as file:
+            file.truncate(self.rows * rows[0].nbytes)
             for part in [rows[start:stop]] if start >= 0 else [rows[start:], rows[:stop]]:
                 file.write(part)
                 digest.update(part)

@@ -106,4 +106,4 @@ def test_what_cannot_be_written_is_one_line_after_the_table(monkeypatch, capsys)
     monkeypatch.setattr(bench, "benchmark", lambda args, device: [{"rival": "masked", "pattern": "1:4", "us": 1.0}])
     monkeypatch.setattr(sys, "argv", ["bench_nm_matmul.py", *SMALL, "--out", "out"])
     assert bench.main() == 1
-    assert capsys.readouterr().err.splitlines()[-1] == "error: out/bench.csv: Is a directory"
+    assert capsys.readouterr().err.splitlines()[-1] == "error: [Errno 21] Is a directory: 'out/bench.csv'"

@@ -1,16 +1,19 @@
 """What goes wrong around a run: killed processes, full disks, damaged or hostile files, failing environments."""
 
 import errno
+import fcntl
 import io
 import json
 import os
 import pickle
+import pty
 import random
 import resource
 import shutil
 import signal
 import subprocess
 import sys
+import termios
 import threading
 import time
 import zipfile
@@ -131,20 +134,74 @@ def test_a_pager_that_is_closed_costs_nothing(script):
     assert checkpoints_of(folder)[-1] == 100 and (folder / "episodes.csv").read_text().count("\n") > 12
 
 
+@pytest.mark.parametrize("save_model", [False, True])
+def test_a_terminal_that_is_closed_costs_nothing(save_model):
+    leader, terminal = pty.openpty()
+    settings = {**TINY, **IMPORTED, "total_timesteps": 10**6}
+    command = [sys.executable, ROOT / "rnm_td3_continuous.py", *map(str, flags_of(settings))]
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    options = {"start_new_session": True, "env": variables, "stdin": terminal, "stdout": terminal, "stderr": terminal}
+    controlling = lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # noqa: E731
+    process = subprocess.Popen([*command, *["--save-model"] * save_model], **options, preexec_fn=controlling)
+    os.close(terminal)
+    wait_for(lambda: [path for path in Path("runs").glob("*/checkpoints/*.pt") if int(path.stem) > 40])
+    os.close(leader)
+    assert process.wait(timeout=60) == 129
+    (folder,) = Path("runs").iterdir()
+    last = int((folder / "episodes.csv").read_text().splitlines()[-1].split(",")[0])
+    assert checkpoints_of(folder)[-1] == last and (folder / "model.pt").exists() == save_model
+
+
+@pytest.mark.parametrize("damage", [lambda path: shutil.rmtree(path.parent), Path.unlink, lambda path: flatten(path)])
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_checkpoints_that_are_deleted_while_a_run_goes_on(script, monkeypatch, capsys):
-    """None is written that could not be read."""
-    add = script.ReplayBuffer.add
+@pytest.mark.parametrize("capacity", [15, 100])
+def test_checkpoints_that_are_deleted_while_a_run_goes_on(script, capacity, damage, monkeypatch, capsys):
+    """The next one is whole again."""
+    settings, add = {**TINY, "total_timesteps": 64, "buffer_size": capacity}, script.ReplayBuffer.add
+    whole = contents(*script.train(script.Args(**settings)))
 
     def add_and_delete(self, *transition):
         add(self, *transition)
         if self.added == 35:
-            shutil.rmtree(next(Path("runs").iterdir()) / "checkpoints")
+            damage(next(Path("runs").glob("*__other__*")) / "checkpoints/replay.f32")
 
-    monkeypatch.setattr(script.ReplayBuffer, "add", add_and_delete)
-    _, _, folder = script.train(script.Args(**TINY))
-    assert checkpoints_of(folder) == []
-    assert "warning: no checkpoint at step 60, the one before is kept: [Errno 2]" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr(script.ReplayBuffer, "add", add_and_delete)
+        _, _, folder = script.train(script.Args(**settings, exp_name="other"))
+    (folder / "checkpoints" / f"{checkpoints_of(folder)[-1]:09d}.pt").unlink()
+    before = checkpoints_of(folder)[-1]
+    parts = script.train(script.Args(**settings, exp_name="other", resume=str(folder)))
+    out, err = capsys.readouterr()
+    assert 35 < before < 64 and f"resumed at step {before}" in out and "refused" not in err and "warning" not in err
+    assert_equal(whole, contents(*parts))
+
+
+def flatten(path):
+    os.truncate(path, 100)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_lack_of_memory_is_bad_input_until_there_is_a_checkpoint(script, monkeypatch, capsys):
+    """After that other flags are no remedy: it may pass, and a sweep tries again."""
+    full = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 720 bytes")
+    kind = rnm.NativeTD3 if script is rnm and rnm.load_kernels() is None else script.TD3
+    kind = td3.FusedTD3 if script is td3 else kind
+    update, count = kind.update_critics, [0]
+
+    def fail(self, batch):
+        count[0] += 1
+        if count[0] == last:
+            raise full
+        return update(self, batch)
+
+    monkeypatch.setattr(kind, "update_critics", fail)
+    last = 1
+    code, errors = main(script, monkeypatch, capsys, *flags_of({**TINY, "checkpoint_interval": 30}))
+    assert code == 2 and errors[0].startswith("error: no memory for --hidden-sizes, --buffer-size or --batch-size; low")
+    count[0], last = 0, 30
+    with pytest.raises(RuntimeError, match="can't allocate") as error:
+        main(script, monkeypatch, capsys, *flags_of(TINY))
+    assert "goes on from step" in error.value.__notes__[0]
 
 
 def test_signals_that_are_ignored_stay_so(monkeypatch):

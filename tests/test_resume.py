@@ -308,14 +308,20 @@ def test_a_mask_history_that_is_cut_is_said_and_goes_on_in_a_new_file(capsys):
     (folder / "masks.bin").write_bytes(whole[:-7])
     capsys.readouterr()
     agent, _, _ = rnm.train(rnm.Args(**{**settings, "total_timesteps": 90}, resume=str(folder)))
-    assert f"note: {folder}/masks.bin is cut, now masks.bin.cut; the history goes on in" in capsys.readouterr().err
-    assert (folder / "masks.bin.cut").read_bytes() == whole[:-7]
+    assert f"note: {folder}/masks.bin is missing or cut; the history goes on in a new" in capsys.readouterr().err
+    assert (folder / "masks.bin.60").read_bytes() == whole[:-7]
     _, _, rows = sad_analysis.read_masks(folder, 5, notes := [])
     assert [update for _, update, _ in rows] == [45, 50, 55, 60, 65, 70] and not notes
     masks = np.zeros_like(rnm.flat_masks(agent))
     for *_, changed in rows:
         masks[changed] ^= True
     assert (masks == rnm.flat_masks(agent)).all()
+    run = sad_analysis.read_run(folder)
+    sad_analysis.add_history(run, 10)
+    assert "its masks begin late: nothing is said on their stability" in run.notes and run.stability["spread"] is None
+    (folder / "masks.bin").unlink()
+    rnm.train(rnm.Args(**{**settings, "total_timesteps": 120}, resume=str(folder)))
+    assert "masks.bin is missing or cut" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
