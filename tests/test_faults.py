@@ -86,7 +86,7 @@ def read(script, folder, buffer=None):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_signals_finish_evaluation_and_episode(script, number, code):
     """Within a second: an evaluation of 3000 short episodes, then the rest of the episode; the checkpoint is exact."""
     options = {"total_timesteps": 10**6, "eval_interval": 40, "eval_episodes": 3000, "checkpoint_interval": 10**6}
@@ -108,15 +108,14 @@ def test_signals_finish_evaluation_and_episode(script, number, code):
     assert torch.load(folder / "checkpoints" / f"{step:09d}.pt", weights_only=True)["episode_over"] is True
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_second_ctrl_c_ends_a_run_that_hangs_and_the_checkpoint_is_whole(number):
+def test_a_second_ctrl_c_ends_a_run_that_hangs_and_the_checkpoint_is_whole():
     """A second SIGTERM does not: Slurm sends one to all processes of a job, and a sweep that it ends another."""
     process = start(rnm, *flags_of({**TINY, "env_id": "environments:Faulty-v0"}), FAULT="hangs at 35")
     folder = folder_of(process)
     wait_for(lambda: 30 in checkpoints_of(folder))
     time.sleep(0.5)
-    for each in (number, signal.SIGTERM):
-        process.send_signal(each)
+    for number in (signal.SIGTERM, signal.SIGTERM):
+        process.send_signal(number)
         time.sleep(0.5)
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
@@ -125,31 +124,29 @@ def test_a_second_ctrl_c_ends_a_run_that_hangs_and_the_checkpoint_is_whole(numbe
     assert read(rnm, folder, rnm.ReplayBuffer(100, 2, 3))[0]["step"] == 30
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_a_pager_that_is_closed_costs_nothing(script):
-    process = start(script, *flags_of({**TINY, **IMPORTED, "total_timesteps": 100}))
+def test_a_pager_that_is_closed_costs_nothing():
+    process = start(rnm, *flags_of({**TINY, **IMPORTED, "total_timesteps": 100}))
     folder = folder_of(process)
     process.stdout.close()
     assert "error" not in process.stderr.read() and process.wait(timeout=60) in (0, 120)  # 120: Python's own
     assert checkpoints_of(folder)[-1] == 100 and (folder / "episodes.csv").read_text().count("\n") > 12
 
 
-@pytest.mark.parametrize("save_model", [False, True])
-def test_a_terminal_that_is_closed_costs_nothing(save_model):
+def test_a_terminal_that_is_closed_costs_nothing():
     leader, terminal = pty.openpty()
     settings = {**TINY, **IMPORTED, "total_timesteps": 10**6}
     command = [sys.executable, ROOT / "rnm_td3_continuous.py", *map(str, flags_of(settings))]
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
     options = {"start_new_session": True, "env": variables, "stdin": terminal, "stdout": terminal, "stderr": terminal}
     controlling = lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # noqa: E731
-    process = subprocess.Popen([*command, *["--save-model"] * save_model], **options, preexec_fn=controlling)
+    process = subprocess.Popen([*command, "--save-model"], **options, preexec_fn=controlling)
     os.close(terminal)
     wait_for(lambda: [path for path in Path("runs").glob("*/checkpoints/*.pt") if int(path.stem) > 40])
     os.close(leader)
     assert process.wait(timeout=60) == 129
     (folder,) = Path("runs").iterdir()
     last = int((folder / "episodes.csv").read_text().splitlines()[-1].split(",")[0])
-    assert checkpoints_of(folder)[-1] == last and (folder / "model.pt").exists() == save_model
+    assert checkpoints_of(folder)[-1] == last and (folder / "model.pt").exists()
 
 
 @pytest.mark.parametrize("damage", [lambda path: shutil.rmtree(path.parent), Path.unlink, lambda path: flatten(path)])
