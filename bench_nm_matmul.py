@@ -166,10 +166,9 @@ def networks(sizes: tuple[int, ...], batch: int, patterns: list[tuple[int, int]]
     plain = mlp(list(sizes)).to(device)
     nets = {("nn.Linear", "dense"): plain}
     for n, m in patterns:
-        wrapped = torch.nn.ModuleDict({"net": plain})  # since sparsify works in place, on what a module holds
-        nets["masked", f"{n}:{m}"] = sparsify(copy.deepcopy(wrapped), n, m)["net"]
+        nets["masked", f"{n}:{m}"] = sparsify(copy.deepcopy(plain), n, m)
         if device.type == "cpu" and load_kernels() is None:
-            nets["ours (native)", f"{n}:{m}"] = sparsify(copy.deepcopy(wrapped), n, m, backend="native")["net"]
+            nets["ours (native)", f"{n}:{m}"] = sparsify(copy.deepcopy(plain), n, m, backend="native")
     out = {}
     for key, net in nets.items():
         layers = [layer.to_linear() if isinstance(layer, NMLinear) else copy.deepcopy(layer) for layer in net]

@@ -111,7 +111,7 @@ def c_layer(name: str, i: int, layer: nn.Linear | NMLinear) -> tuple[list[str], 
     if isinstance(layer, NMLinear):
         pattern, first = f"{layer.n}:{layer.m}", torch.arange(active) // layer.n * layer.m  # column of each group
         tables += [c_table(f"{name}_offset{i}", (layer.index - first).T)]
-        kind = tables[-1][0].removeprefix("static ").split(f" {name}")[0]
+        kind = tables[-1][0].removeprefix("static ").split(f" {name}_offset")[0]
         pointers, step = [f"{kind} *k{i} = {name}_offset{i};"], f"{step}, k{i} += {4 * rows}"
         factor = f"{name}_pick{layer.m}(x + {{0}} / {layer.n} * {layer.m}, k{i}[r + {{1}}])"
 

@@ -690,11 +690,11 @@ TORCH_LIBRARY(rnm_td3, m) {
   m.def(
       "mlp_backward(Tensor grad, Tensor x, Tensor tape, Tensor[] layers, bool need_x, bool need_w) -> (Tensor, "
       "Tensor)");
-  m.def("layout", layout), m.def("act", act);
+  m.def("layout(Tensor index, int columns) -> Tensor"), m.def("act", act);
   // These write to what they are given, below autograd, and torch.compile does not know them.
   m.def("polyak", polyak), m.def("project", project);
   m.def("update_critics", update_critics), m.def("update_actor", update_actor);
 }
 TORCH_LIBRARY_IMPL(rnm_td3, CPU, m) {
-  m.impl("forward", forward), m.impl("mlp", mlp), m.impl("mlp_backward", mlp_backward);
+  m.impl("forward", forward), m.impl("mlp", mlp), m.impl("mlp_backward", mlp_backward), m.impl("layout", layout);
 }

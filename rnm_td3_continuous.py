@@ -12,12 +12,11 @@ which Part 1 calls it: faster products, arguments, environments, runs (folder, l
 models. Part 2 changes no rule of the method.
 """
 
-from __future__ import annotations  # Part 1 names classes of Part 2
+from __future__ import annotations  # classes name themselves
 
 import contextlib
 import copy
 import cProfile
-import difflib
 import hashlib
 import importlib.metadata
 import io
@@ -96,8 +95,8 @@ class Args:
     mask_update_interval: int = 1000  # K: critic updates between projections of all networks (0 = masks never change)
     target_mask: Literal["own", "online"] = "own"  # targets' masks: projection of their own weights, or online's masks
     dense_layers: Literal["none", "first", "last", "first,last"] = "none"  # layers of every network that stay dense
-    init: Literal["variance", "linear"] = "variance"  # of N:M layers: variance of outputs as dense ones, or nn.Linear's
-    backend: Literal["auto", "masked", "native", "semi_structured"] = "auto"  # of the products; auto: the fastest here
+    init: Literal["variance", "linear"] = "variance"  # start of N:M layers: nn.Linear's, scaled to keep variance or not
+    backend: Literal["auto", "masked", "native", "semi_structured"] = "auto"  # auto: native on a CPU if 2N <= M
     semi_structured_dtype: Literal["bfloat16", "float16"] = "bfloat16"  # of its 2:4 products (1:2 has float32 alone)
     save_masks: bool = True  # write all masks to `masks.bin` in the run folder, at the start and at every projection
 
@@ -129,7 +128,7 @@ class NMLinear(nn.Module):
       index   [R, A] int64: their columns, ascending in each row
       master  [R, C] dense W: its inactive entries (E = 0) get no gradient and stay as they are (a target's follow the
                      online ones); its active entries are stale until `sync` or `project` writes `values` into it
-    This is the reference; NativeLinear and SemiStructuredLinear (half precision) in Part 2 are faster.
+    This is the reference; Part 2 has NativeLinear (CPU kernels, faster) and SemiStructuredLinear (CUDA).
     """
 
     def __init__(self, in_features, out_features, bias=True, device=None, dtype=None, *, n: int, m: int, linear=None):
@@ -139,7 +138,7 @@ class NMLinear(nn.Module):
         self.in_features, self.out_features, self.n, self.m = in_features, out_features, n, m
         self.register_buffer("master", linear.weight.detach().contiguous())
         self.register_buffer("index", self._projected_index())
-        self.values = nn.Parameter(self.master.gather(1, self.index))
+        self.values = nn.Parameter(self.master.gather(1, self.index), linear.weight.requires_grad)
         self.bias = linear.bias
 
     @classmethod
@@ -214,8 +213,8 @@ def sparsify(network: nn.Module, n: int, m: int, dense_layers="none", backend="m
         if init == "variance":
             weight = linear.weight.detach()
             weight *= (weight.norm() / (weight * nm_mask(weight, n, m)).norm()).nan_to_num(1.0)  # 0 / 0 where W is 0
-        network.set_submodule(name, BACKENDS[backend].from_linear(linear, n, m, **options))
-    return fuse(network)
+        network.set_submodule(name, BACKENDS[backend].from_linear(linear, n, m, **options))  # masked: NMLinear
+    return fuse(network)  # native: its layers run as one
 
 
 # ---------------------------------------------------------------- networks
@@ -415,7 +414,7 @@ def train(args: Args) -> tuple[TD3, ReplayBuffer, Path]:
             # store: only termination stops the bootstrap, since an episode that was truncated would have gone on
             next_obs, reward, terminated, truncated, _ = finish_step()
             buffer.add(obs, action, next_obs, reward, terminated)
-            run.end_step(reward, terminated or truncated)  # evaluations; checkpoints, before a reset alone
+            run.end_step(reward, terminated or truncated)  # evaluations; checkpoints, where an episode ends if it can
             obs = env.reset()[0] if terminated or truncated else next_obs
     return agent, buffer, run.folder
 
@@ -495,12 +494,12 @@ class NativeActor(Actor):
 
 
 def fuse(network: nn.Module) -> nn.Module:
-    """Let every nn.Sequential of native layers inside of a network run as one call."""
-    for name, module in list(network.named_modules()):
-        if name and type(module) is nn.Sequential and NMSequential.fits(module):
-            network.set_submodule(name, NMSequential(*module))
+    """Let every nn.Sequential of native layers in a network run as one call: the same data, another way to run."""
+    for module in network.modules():
+        if type(module) is nn.Sequential and NMSequential.fits(module):
+            module.__class__ = NMSequential
     if type(network) is Actor and isinstance(network.net, NMSequential):
-        network.__class__ = NativeActor  # the same data, another way to act
+        network.__class__ = NativeActor
     return network
 
 
@@ -542,6 +541,7 @@ def native_tensors(layers: list[nn.Module]) -> list[torch.Tensor]:
 
 
 @cache
+@torch.inference_mode(False)  # what is kept has to serve training as well
 def dense_layout(rows: int, columns: int) -> torch.Tensor:
     """Layout of a layer whose weights are all active."""
     return torch.ops.rnm_td3.layout(torch.arange(columns).repeat(rows, 1), columns)
@@ -748,7 +748,7 @@ def choose_agent(args: Args, obs_dim: int, action_dim: int, device: torch.device
 @cache
 def load_kernels() -> str | None:
     """Register `torch.ops.rnm_td3`, compiled on the first call on a machine. Returns why that failed, or None."""
-    from tempfile import TemporaryDirectory  # here, since most calls need neither
+    from tempfile import TemporaryDirectory  # here, since they take 0.2 s
 
     from torch.utils import cpp_extension
 
@@ -818,8 +818,8 @@ def enough_memory(flags: str = "--hidden-sizes, --buffer-size or --batch-size") 
     """Of what is too large, say which flags to lower. Raises UsageError."""
     try:
         yield
-    except (RuntimeError, TypeError) as error:
-        known = re.search("allocate memory|not enough memory|out of memory|overflow|argument 'size'", str(error))
+    except (MemoryError, RuntimeError, TypeError) as error:
+        known = re.search("MemoryError|to allocate|out of memory|overflow|argument .*size", repr(error))
         if not known or hasattr(error, "__notes__"):  # a run that got far needs no other flags
             raise
         raise UsageError(f"no memory for {flags}; lower them: {error!r}") from error
@@ -873,10 +873,7 @@ def make_env(env_id: str, capture_video: bool = False) -> gym.Env:
         if capture_video:  # without a screen or a driver, find out now
             env.reset()
             env.render()
-    except gym.error.UnregisteredEnv as error:
-        near = ", ".join(difflib.get_close_matches(env_id, gym.registry)) or "one of `gymnasium.pprint_registry()`"
-        raise UsageError(f"--env-id {env_id}: no such environment; did you mean {near}?") from error
-    except Exception as error:  # whatever an environment's own code raises
+    except Exception as error:  # whatever an environment's own code raises; Gymnasium knows names that are alike
         hint = "; to render without a screen, try MUJOCO_GL=egl" if capture_video else ""
         raise UsageError(f"--env-id {env_id}: cannot be made{hint}: {error!r}") from error
     obs, action = env.observation_space, env.action_space
@@ -1192,9 +1189,8 @@ class Run:
         if error and self.checkpointed:
             error.add_note(advice)
         if self.signal and not error:
-            print(
-                f"\ninterrupted at step {self.step}; everything so far is in {self.folder}; {advice}", file=sys.stderr
-            )
+            said = f"interrupted at step {self.step}; everything so far is in {self.folder}; {advice}"
+            print(f"\n{said}", file=sys.stderr)
             raise KeyboardInterrupt if self.signal == signal.SIGINT else SystemExit(128 + self.signal)
 
 

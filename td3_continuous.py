@@ -11,12 +11,11 @@ which Part 1 calls it: faster products, arguments, environments, runs (folder, l
 models. Part 2 changes no rule of the method.
 """
 
-from __future__ import annotations  # Part 1 names classes of Part 2
+from __future__ import annotations  # classes name themselves
 
 import contextlib
 import copy
 import cProfile
-import difflib
 import hashlib
 import importlib.metadata
 import io
@@ -265,7 +264,7 @@ def train(args: Args) -> tuple[TD3, ReplayBuffer, Path]:
             # store: only termination stops the bootstrap, since an episode that was truncated would have gone on
             next_obs, reward, terminated, truncated, _ = finish_step()
             buffer.add(obs, action, next_obs, reward, terminated)
-            run.end_step(reward, terminated or truncated)  # evaluations; checkpoints, before a reset alone
+            run.end_step(reward, terminated or truncated)  # evaluations; checkpoints, where an episode ends if it can
             obs = env.reset()[0] if terminated or truncated else next_obs
     return agent, buffer, run.folder
 
@@ -385,8 +384,8 @@ def enough_memory(flags: str = "--hidden-sizes, --buffer-size or --batch-size") 
     """Of what is too large, say which flags to lower. Raises UsageError."""
     try:
         yield
-    except (RuntimeError, TypeError) as error:
-        known = re.search("allocate memory|not enough memory|out of memory|overflow|argument 'size'", str(error))
+    except (MemoryError, RuntimeError, TypeError) as error:
+        known = re.search("MemoryError|to allocate|out of memory|overflow|argument .*size", repr(error))
         if not known or hasattr(error, "__notes__"):  # a run that got far needs no other flags
             raise
         raise UsageError(f"no memory for {flags}; lower them: {error!r}") from error
@@ -440,10 +439,7 @@ def make_env(env_id: str, capture_video: bool = False) -> gym.Env:
         if capture_video:  # without a screen or a driver, find out now
             env.reset()
             env.render()
-    except gym.error.UnregisteredEnv as error:
-        near = ", ".join(difflib.get_close_matches(env_id, gym.registry)) or "one of `gymnasium.pprint_registry()`"
-        raise UsageError(f"--env-id {env_id}: no such environment; did you mean {near}?") from error
-    except Exception as error:  # whatever an environment's own code raises
+    except Exception as error:  # whatever an environment's own code raises; Gymnasium knows names that are alike
         hint = "; to render without a screen, try MUJOCO_GL=egl" if capture_video else ""
         raise UsageError(f"--env-id {env_id}: cannot be made{hint}: {error!r}") from error
     obs, action = env.observation_space, env.action_space
@@ -758,9 +754,8 @@ class Run:
         if error and self.checkpointed:
             error.add_note(advice)
         if self.signal and not error:
-            print(
-                f"\ninterrupted at step {self.step}; everything so far is in {self.folder}; {advice}", file=sys.stderr
-            )
+            said = f"interrupted at step {self.step}; everything so far is in {self.folder}; {advice}"
+            print(f"\n{said}", file=sys.stderr)
             raise KeyboardInterrupt if self.signal == signal.SIGINT else SystemExit(128 + self.signal)
 
 
@@ -885,8 +880,6 @@ def read_model(path: str | Path) -> tuple[Actor, dict]:
         if model["format"] != MODEL_FORMAT:
             raise ValueError(f"its format is {model['format']}")
         return actor, model
-    except UsageError:
-        raise
     except Exception as error:  # pickle, zip and torch each have errors of their own; a part may be missing or wrong
         raise UsageError(f"{path}: cannot be read as a model of this script ({MODEL_FORMAT}): {error!r}") from error
 

@@ -90,7 +90,7 @@ def test_wrong_rivals_are_not_timed(wrong, monkeypatch):
         (["--milliseconds", "inf"], "--milliseconds: more than 0"),
         (["--seed", "-1"], "--seed -1: give 0 or more"),
         (["--sizes", "9999999"], "no memory for --sizes or --batch-sizes; lower them"),
-        (["--env-id", "HalfCheeta-v4"], "no such environment"),
+        (["--env-id", "HalfCheeta-v4"], "Did you mean: `HalfCheetah`"),
         (["--out", "/proc/no"], "--out /proc/no"),
     ],
 )

@@ -40,9 +40,9 @@ BAD = {
     "--hidden-sizes 256 -1": "--hidden-sizes is (256, -1);",
     "--hidden-sizes": "--hidden-sizes is ();",
     "--exp-name a/b": "--exp-name is 'a/b';",
-    "--env-id HalfCheeta-v4": "no such environment; did you mean HalfCheetah-v",
-    "--env-id Nonsense": "no such environment",
-    "--env-id HalfCheetah-v99": "no such environment; did you mean HalfCheetah-v",
+    "--env-id HalfCheeta-v4": "Did you mean: `HalfCheetah`",
+    "--env-id Nonsense": "`Nonsense` doesn't exist",
+    "--env-id HalfCheetah-v99": "versioned environments",
     "--env-id CartPole-v1": "actions are Discrete(2); TD3 needs a bounded, one-dimensional Box",
     "--env-id IntegerAction-v0": "TD3 needs a bounded, one-dimensional Box of floats",
     "--env-id DictObs-v0": "observations are Dict; choose an environment with Box",
@@ -175,8 +175,9 @@ def test_weights_and_biases_that_cannot_start():
 def test_other_errors_are_not_called_a_lack_of_memory(script):
     with pytest.raises(RuntimeError, match="no kernel image"), script.enough_memory():
         raise RuntimeError("CUDA error: no kernel image is available")
-    with pytest.raises(script.UsageError, match="no memory for"), script.enough_memory():
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+    for error in (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MemoryError("std::bad_alloc")):
+        with pytest.raises(script.UsageError, match="no memory for"), script.enough_memory():
+            raise error
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

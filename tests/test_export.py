@@ -267,6 +267,12 @@ def bad_models():
             "bit.pt": "a check sum is wrong", "index.pt": indices, "twice.pt": indices}  # fmt: skip
 
 
+def test_a_name_may_be_a_word_of_a_tables_type(monkeypatch):
+    make_model("1:16")
+    assert export(monkeypatch, "model.pt", "--name", "c", "--out", "c.h") == 0
+    assert "const unsigned char *k0 = c_offset0;" in Path("c.h").read_text()
+
+
 def test_bad_input_is_one_line_and_leaves_no_file(monkeypatch, capsys):
     bad = [([path], message) for path, message in bad_models().items()]
     bad += [(["good.pt", "--name", name], "give a name for C") for name in ("2x", "a-b", "", "é", "a b", "x;", "_math")]

@@ -57,6 +57,8 @@ def test_conversions_copy_and_draw_no_random_number():
         linear.weight.zero_()
         dense.weight.zero_()
     assert layer.values.abs().min() > 0
+    frozen = NMLinear.from_linear(linear.requires_grad_(False), 2, 4)
+    assert not any(parameter.requires_grad for parameter in frozen.parameters())
 
 
 def test_is_initialised_as_linear():

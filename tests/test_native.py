@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import OrderedDict
 from itertools import pairwise
 from pathlib import Path
 
@@ -44,7 +45,7 @@ needs_kernels = pytest.mark.skipif(load_kernels() is not None, reason=str(load_k
 def network(sizes, n, m, bias=True, seed=0, **options):
     torch.manual_seed(seed)
     layers = [layer for i in range(1, len(sizes)) for layer in (nn.Linear(*sizes[i - 1 : i + 1], bias), nn.ReLU())]
-    return sparsify(nn.ModuleDict({"net": nn.Sequential(*layers[:-1])}), n, m, **options)["net"]
+    return sparsify(nn.Sequential(*layers[:-1]), n, m, **options)
 
 
 def in_float64(net):
@@ -154,7 +155,7 @@ def test_nan_and_infinity_reach_what_is_connected_and_nothing_else(poison, batch
         assert not y[touched].isfinite().any()
         torch.testing.assert_close(y[~touched], clean[~touched])
     relu = nn.Sequential(*net, nn.ReLU(), nn.Linear(24, 1))
-    native = sparsify(nn.ModuleDict({"net": relu}), 24, 24, backend="native")["net"]
+    native = sparsify(relu, 24, 24, backend="native")
     assert isinstance(native, NMSequential)
     native[2].values.data.fill_(1.0)
     out = native(x).flatten()
@@ -193,11 +194,23 @@ def test_operators_pass_pytorchs_opcheck(needs_grad):
 
 
 @needs_kernels
-def test_torch_compile_traces_it_whole():
-    net = network([10, 12, 5], 2, 4, backend="native")
+def test_a_network_keeps_its_names_and_learns_after_inference():
+    layers = {"first": nn.Linear(10, 13), "relu": nn.ReLU(), "last": nn.Linear(13, 1)}  # no other test has such a layer
+    masked, native = (sparsify(nn.Sequential(OrderedDict(layers)), 1, 4, "last", b) for b in ("masked", "native"))
+    assert isinstance(native, NMSequential) and native.state_dict().keys() == masked.state_dict().keys()
+    with torch.inference_mode():
+        native(torch.randn(3, 10))
+    native(torch.randn(3, 10)).sum().backward()
+    assert native.last.weight.grad is not None
+
+
+@needs_kernels
+@pytest.mark.parametrize("dense_layers", ["none", "last"])
+def test_torch_compile_takes_it_whole_or_breaks_its_graph_at_dense_layers(dense_layers):
+    net = network([10, 12, 5], 2, 4, backend="native", dense_layers=dense_layers)
     x = torch.randn(9, 10)
     want = torch.autograd.grad(net(x).square().sum(), list(net.parameters()))
-    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(net, fullgraph=dense_layers == "none", backend="aot_eager")
     got = torch.autograd.grad(compiled(x).square().sum(), list(net.parameters()))
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
