@@ -706,9 +706,9 @@ class Run:
             network.load_state_dict(state["networks"][name])
         for optimizer, saved in zip((agent.actor_optimizer, agent.q_optimizer), state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-            for p, moments in optimizer.state.items():
-                if any(moment.dim() and moment.numel() < p.numel() for moment in moments.values()):
-                    raise ValueError("moments of Adam do not fit")
+            names = [(p, key) for p in optimizer.param_groups[0]["params"] for key in ("exp_avg", "exp_avg_sq")]
+            if optimizer.state and any(optimizer.state[p][key].shape != p.shape for p, key in names):
+                raise ValueError("moments of Adam do not fit")
         agent.actor_loss = state["actor_loss"].to(self.device)
         *generators, (version, numbers, gauss), numpy_state = json.loads(state["generators"])
         for generator, saved in zip(self.generators(), generators, strict=True):

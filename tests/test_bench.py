@@ -101,6 +101,13 @@ def test_bad_input_is_one_line(arguments, message, monkeypatch, capsys):
     assert line.startswith("error: ") and message in line
 
 
+def test_a_wrong_network_is_seen(monkeypatch):
+    right = NMLinear.forward
+    monkeypatch.setattr(NMLinear, "forward", lambda self, x: right(self, x) * 1.01)
+    found = bench.networks((4, 8, 8, 1), 3, [(1, 4)], torch.device("cpu"))
+    assert found["masked", "1:4"][2] > 1e-3 and found["nn.Linear", "dense"][2] < 1e-5
+
+
 def test_what_cannot_be_written_is_one_line_after_the_table(monkeypatch, capsys):
     Path("out/bench.csv").mkdir(parents=True)
     monkeypatch.setattr(bench, "benchmark", lambda args, device: [{"rival": "masked", "pattern": "1:4", "us": 1.0}])

@@ -90,7 +90,7 @@ def read(script, folder, buffer=None):
 def test_signals_finish_evaluation_and_episode(script, number, code):
     """Within a second: an evaluation of 3000 short episodes, then the rest of the episode; the checkpoint is exact."""
     options = {"total_timesteps": 10**6, "eval_interval": 40, "eval_episodes": 3000, "checkpoint_interval": 10**6}
-    process = start(script, *flags_of({**TINY, **options, **IMPORTED}))
+    process = start(script, *flags_of({**TINY, **options, **IMPORTED}), "--save-model")
     folder = folder_of(process)
     wait_for(lambda: len((folder / "episodes.csv").read_text().splitlines()) > 8)
     process.send_signal(number)
@@ -104,7 +104,7 @@ def test_signals_finish_evaluation_and_episode(script, number, code):
     ]
     evaluations = (folder / "evaluations.csv").read_text().splitlines()[1:]
     assert all(row.count(",") == 3003 for row in evaluations) and len(evaluations) == step // 40
-    assert checkpoints_of(folder) == [step]
+    assert checkpoints_of(folder) == [step] and script.load_actor(folder / "model.pt")([0.0, 0.0]).shape == (2,)
     assert torch.load(folder / "checkpoints" / f"{step:09d}.pt", weights_only=True)["episode_over"] is True
 
 
@@ -686,6 +686,8 @@ LIES = {
     "a network of another shape": lambda state: state["networks"].update(actor=state["networks"]["qf1"]),
     "no optimizer": lambda state: state["optimizers"].pop(),
     "moments of another shape": lambda state: state["optimizers"][0]["state"][0].update(exp_avg=torch.zeros(2)),
+    "moments that are too large": lambda state: state["optimizers"][0]["state"][0].update(exp_avg=torch.zeros(4000)),
+    "moments that are missing": lambda state: state["optimizers"][0]["state"].pop(0),
     "seconds of another type": lambda state: state.update(seconds="long"),
     "last returns that are none": lambda state: state.update(last=[]),
     "a pickle": lambda state: state.update(format=Hostile()),

@@ -8,6 +8,12 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch.nn as nn
+
+import rnm_td3_continuous as rnm
+import sad_analysis as sad
+import sweep
+import td3_continuous as td3
 
 ROOT = Path(__file__).parents[1]
 SPARSE, DENSE = ((ROOT / name).read_text() for name in ("rnm_td3_continuous.py", "td3_continuous.py"))
@@ -121,7 +127,40 @@ def test_clang_format_is_clean():
 def test_links_of_the_documentation_exist():
     pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
     for page in pages:
-        for link in re.findall(r"\]\(([^)#]*)", page.read_text()):
-            assert not link or link.startswith("http") or (page.parent / link).exists(), (page.name, link)
+        for link, anchor in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", page.read_text()):
+            target = page.parent / link if link else page
+            assert link.startswith("http") or target.exists(), (page.name, link)
+            if anchor and not link.startswith("http"):
+                headings = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
+                ids = [re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings]
+                assert anchor in ids, (page.name, link, anchor)
     linked = set(re.findall(r"\]\((docs/[^)#]*)", pages[0].read_text()))
     assert {str(page.relative_to(ROOT)) for page in pages[1:]} <= linked
+
+
+def test_flags_and_their_defaults_are_as_documented():
+    documented = {rnm: ("README.md", "docs/flags.md"), td3: ("docs/flags.md",), sad: ("docs/sad.md",)}
+    for script, pages in {**documented, sweep: ("docs/sweeps.md",)}.items():
+        shown = {"True": "on", "False": "off", "None": "none", "": "none", script.__name__: "the file's name"}
+        found = {}
+        for page in pages:
+            for names, default in re.findall(
+                r"^\| ((?:`--[\w-]+`(?:, )?)+) \| (.*?) \|", (ROOT / page).read_text(), re.M
+            ):
+                found |= dict.fromkeys(re.findall(r"--([\w-]+)", names), default.strip("`"))
+        for name, field in script.Args.__dataclass_fields__.items():
+            if name != "runs":  # of the analysis: no flag
+                default, text = field.default, found.pop(name.replace("_", "-"))
+                words = " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
+                assert text == shown.get(words, words) or float(text.replace(" ", "")) == default, (script, name)
+        assert not found, (script, found)
+
+
+def test_the_readmes_layer_runs():
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    names = {"linear": nn.Linear(256, 256), "target": rnm.NMLinear(256, 256, n=2, m=4), "optimizer": None}
+    names["network"] = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    if rnm.load_kernels():
+        code = code.replace('backend="native"', 'backend="masked"')
+    exec(code, names)
+    assert names["sad"] == 0 and rnm.density(names["network"]) == 0.5

@@ -27,6 +27,15 @@ def test_loaded_policy_acts_the_same(script, changes):
         assert policy(obs).dtype == np.float32 and (policy(obs) == agent.actor.act(obs)).all()
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_model_file_holds_both_critics(script):
+    agent, _, folder = script.train(script.Args(**SMALL, save_model=True))
+    model = torch.load(folder / "model.pt", weights_only=True)
+    for name in ("qf1", "qf2"):
+        ours = agent.networks[name].state_dict()
+        assert all(torch.equal(tensor, ours[key].to(tensor.dtype)) for key, tensor in model[name].items())
+
+
 def test_model_file_holds_what_is_active_and_no_more():
     agent, _, folder = rnm.train(rnm.Args(**SMALL, n=1, m=16, save_model=True))
     model = torch.load(folder / "model.pt", weights_only=True)

@@ -19,7 +19,6 @@ import pytest
 import scipy.stats
 import torch
 import torch.nn as nn
-from matplotlib.image import imread
 
 import rnm_td3_continuous as rnm
 import sad_analysis as sad
@@ -248,8 +247,44 @@ def test_correlation_of_stability_and_return(monkeypatch):
     one_each = [run_of("A", k, 1, k, spread=1 / k) for k in range(1, 10)]  # a sweep of K: no group to look within
     result = sad.correlate(one_each, seed=1)["A"]
     assert "within_groups_spearman" not in result and result["verdict"].endswith("over all runs, with N:M and K mixed")
+    inverse = sad.correlate([run_of("A", 10, i, 100 + 50 * s, spread=s) for i, s in enumerate(spreads)], seed=1)["A"]
+    assert inverse["verdict"] == "a more stable SAD goes with a worse return among runs of the same N:M and K"
+    pairs = [run_of("A", k, i, k + i, spread=1 / k) for k in range(1, 10) for i in range(2)]
+    assert "within_groups_spearman" not in sad.correlate(pairs, seed=1)["A"]
     alike = sad.correlate([run_of("A", 10, i, 5, spread=0.5) for i in range(9)], seed=1)["A"]
     assert alike["spearman"] == 0 and json.dumps(alike, allow_nan=False)
+
+
+def test_the_final_return_is_the_mean_of_the_last_ten_evaluations():
+    run = run_of("A", 1, 1, 0)
+    run.steps, run.returns = np.arange(5, 105, 5), np.arange(20.0)
+    assert run.final_return == sad.final([run])[0] == 14.5
+
+
+def test_a_half_life_is_taken_over_ten_points_in_time():
+    mask, lives = random_masks(41, (8, 9), 0.04, 1).reshape(41, -1), []
+    mask[1:] &= mask[:1] | (np.arange(41) > 4)[1:, None]
+    found = sad.summarise(analyse({"actor.net.0": mask.reshape(41, 8, 9)}))["actor"]["half_life"]
+    for start in range(0, 40, 4):
+        for entry in mask[start:, mask[start]].T:
+            gone = np.flatnonzero(~entry)
+            lives.append((10 * (gone[0] if len(gone) else 40 - start), len(gone) > 0))
+    durations, left = map(np.array, zip(*lives, strict=True))
+    assert (found["updates"], found["lower_bound"]) == sad.half_life(durations, left)
+
+
+def test_curves_and_bars_are_means(monkeypatch):
+    steps, returns = sad.mean_curve(
+        [(np.arange(1, 4), np.array([1.0, 2, 3])), (np.arange(2, 5), np.array([4.0, 8, 9]))]
+    )
+    assert steps.tolist() == [2, 3] and returns.tolist() == [3.0, 5.5]
+    figures = []
+    monkeypatch.setattr(sad, "save", lambda figure, path: figures.append(figure))
+    sad.plot_returns(grouped([run_of("A", 10, seed, value) for seed, value in enumerate([1, 2, 9])]), Path("x.png"))
+    (bar,) = figures[0].axes[0].containers
+    assert bar.lines[0].get_ydata() == [4]
+    (segment,) = bar.lines[2][0].get_segments()
+    assert segment[:, 1].tolist() == pytest.approx(sad.bootstrap([np.array([1.0, 2, 9])], sad.mean, 1))
 
 
 @pytest.fixture(scope="module")
@@ -277,12 +312,12 @@ def test_real_runs_from_the_files_to_the_pictures(real_runs, capsys):
     assert "its masks never change" in out and "too few runs to say anything: 2, of 8 needed" in out
     assert json.loads(Path("out/summary.json").read_text()) == json.loads(json.dumps(summary))
     assert len(summary["runs"]) == 6 and summary["groups"]["Scripted-v0, 2:4, K = 20"]["runs"] == 2
-    for name in ("heatmap", "sad_over_time", "return_over_k", "stability"):
-        picture = imread(f"out/{name}.png")
-        assert picture.shape[1] > 1000 and picture[..., :3].std() > 0.05
+    assert {path.stem for path in Path("out").glob("*.png")} == {
+        "heatmap", "sad_over_time", "return_over_k", "stability"
+    }  # fmt: skip
     rows = list(csv.DictReader(Path("out/sad.csv").read_text().splitlines()))
     run = real_runs[0].name
-    _, shapes, changes = sad.read_masks(real_runs[0], 20, [])
+    layers, shapes, changes = sad.read_masks(real_runs[0], 20, [])
     masks = [np.zeros(sum(rows * columns for rows, columns in shapes), bool)]
     for *_, changed in changes:
         masks.append(masks[-1].copy())
@@ -303,6 +338,31 @@ def test_real_runs_from_the_files_to_the_pictures(real_runs, capsys):
     matrices = np.load("out/sad_matrices.npz")
     assert matrices[f"{run}/sad"][0, -1].sum() == (masks[0] != masks[-1]).sum()
     assert {row["name"] for row in rows} >= {*NETWORKS, "total", "qf2_target.net.4"}
+    assert [int(row["update"]) for row in total] == [int(row["step"]) - 20 for row in total]
+    assert {int(row["active"]) for row in total} == {active}
+    assert matrices[f"{run}/steps"].tolist() == [step for step, *_ in changes]
+    assert matrices[f"{run}/layers"].tolist() == layers
+
+
+def test_figures_show_what_sad_csv_has(real_runs, monkeypatch):
+    """And two runs whose folders have one name are kept apart."""
+    figures, runs = {}, (str(real_runs[0]), str(Path(shutil.copytree(real_runs[0], f"twin/{real_runs[0].name}"))))
+    config = Path(runs[1], "config.json")
+    config.write_text(config.read_text().replace('"tau": 0.005', '"tau": 0.1'))
+    monkeypatch.setattr(sad, "save", lambda figure, path: figures.update({path.stem: figure}))
+    assert set(sad.analyse(sad.Args(runs, out="out"))["runs"]) == {runs[0], str(Path(runs[1]).resolve())}
+    sad.analyse(sad.Args(runs[:1], out="out", points=5))
+    rows = list(csv.DictReader(Path("out/sad.csv").read_text().splitlines()))
+    total = [row for row in rows if row["name"] == "total"]
+    top, middle, _ = figures["sad_over_time"].axes
+    steps, rates = top.lines[0].get_data()
+    assert steps.tolist() == [int(row["step"]) / 1000 for row in total]
+    np.testing.assert_allclose(rates, [100 * float(row["sad_rate_per_projection"]) for row in total], rtol=1e-3)
+    last = [row for row in rows if "." in row["name"] and row["overlap_with_target"] and row["step"] == "300"]
+    weights, overlaps = zip(*((int(row["active"]), float(row["overlap_with_target"])) for row in last), strict=True)
+    assert middle.lines[0].get_ydata()[-1] == pytest.approx(100 * np.average(overlaps, weights=weights), rel=1e-3)
+    mesh = figures["heatmap"].axes[0].collections[0].get_array()
+    assert mesh[0, -1] == pytest.approx(100 * float(total[-1]["sad_rate_first"]), rel=1e-3)
 
 
 def test_of_two_runs_with_a_seed_the_newer_counts_and_dense_ones_are_as_long(real_runs, capsys, monkeypatch):

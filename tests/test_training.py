@@ -6,6 +6,7 @@ import pstats
 import re
 import struct
 import sys
+import threading
 import zlib
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 import torch
 from environments import Scripted
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_native import HIGH, LOW, random_batch, update
 
 import rnm_td3_continuous as rnm
 import sad_analysis
@@ -193,23 +195,6 @@ def test_evaluation(script):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_termination_stops_the_bootstrap(script):
-    """With reward 1 the critic's target is 1 at a terminal transition, 1 + gamma * Q' at any other."""
-    args = script.Args(gamma=0.5, policy_noise=0.0)
-    low, high = np.array([-1.0], np.float32), np.array([1.0], np.float32)
-    agent = script.TD3(2, low, high, args, torch.device("cpu"))
-    for terminated in (0.0, 1.0):
-        obs, action = torch.randn(1, 2), torch.zeros(1, 1)
-        with torch.no_grad():
-            q, next_action = agent.qf1(obs, action), agent.actor_target(obs)
-            next_q = torch.min(agent.qf1_target(obs, next_action), agent.qf2_target(obs, next_action))
-        batch = script.Batch(obs, action, obs, torch.ones(1), torch.tensor([terminated]))
-        qf1_values, _, target_q = agent.update_critics(batch)
-        assert qf1_values.item() == pytest.approx(q.item(), rel=1e-5)
-        assert target_q.item() == pytest.approx((1 + (1 - terminated) * 0.5 * next_q).item(), rel=1e-5)
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
 def test_target_noise_and_actions_are_scaled_and_clipped_per_dimension(script):
     low, high = np.array([-1.0, 0.0, -30.0], np.float32), np.array([1.0, 0.5, 10.0], np.float32)
     args = script.Args(backend="masked") if script is rnm else script.Args()  # the kernels call no network
@@ -280,11 +265,19 @@ def test_run_folder(script):
         assert float(row["mean"]) == pytest.approx(np.mean(returns)) and float(row["std"]) == pytest.approx(
             np.std(returns)
         )
+    info = Path("/proc/cpuinfo").read_text()
+    fields = [re.search(rf"^{key}\t*: (.*)$", info, re.MULTILINE)[1] for key in ("vendor_id", "cpu family", "model")]
+    assert config["cpu"] == " ".join([*fields, torch.backends.cpu.get_cpu_capability()])
     events = EventAccumulator(str(folder)).Reload()
     tags = set(events.Tags()["scalars"])
-    common = {"charts/episodic_return", "charts/episodic_length", "charts/SPS", "eval/episodic_return"}
-    common |= {f"losses/{name}" for name in ("qf1_values", "qf2_values", "qf1_loss", "qf2_loss", "qf_loss")}
-    assert common | {"losses/actor_loss", "eval/episodic_return_std"} <= tags
+    common = {f"losses/{name}" for name in ("qf1_values", "qf2_values", "qf1_loss", "qf2_loss", "qf_loss")}
+    assert common | {"charts/SPS", "losses/actor_loss"} <= tags
+    for rows, column, tag in (
+        (episodes, "return", "charts/episodic_return"), (episodes, "length", "charts/episodic_length"),
+        (evaluations, "mean", "eval/episodic_return"), (evaluations, "std", "eval/episodic_return_std"),
+    ):  # fmt: skip
+        logged = [(event.step, event.value) for event in events.Scalars(tag)]
+        assert logged == [(int(row["step"]), pytest.approx(float(row[column]), rel=1e-6)) for row in rows]
     if script is rnm:
         assert {"density/qf2_target"} <= tags
         assert events.Scalars("density/qf1")[0].value == pytest.approx(rnm.density(agent.qf1))
@@ -336,12 +329,14 @@ def test_mask_history_and_sad(target_mask):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_overlap_changes_no_bit_and_every_step_joins_the_next_batch(script, monkeypatch):
-    sizes, sample = [], script.ReplayBuffer.sample
+    sizes, sample, apart, step = [], script.ReplayBuffer.sample, [], Scripted.step
+    in_thread = lambda: threading.current_thread() is not threading.main_thread()  # noqa: E731
+    monkeypatch.setattr(Scripted, "step", lambda *rest: apart.append(in_thread()) or step(*rest))
     monkeypatch.setattr(
         script.ReplayBuffer, "sample", lambda self, *rest: sizes.append(self.size) or sample(self, *rest)
     )
     runs = [script.train(script.Args(**SMALL, overlap=overlap)) for overlap in (False, True)]
-    assert sizes == [*range(20, 60)] * 2
+    assert sizes == [*range(20, 60)] * 2 and apart == [False] * 60 + [True] * 60
     for ours, theirs in zip(*(parameters(agent) for agent, _, _ in runs), strict=True):
         assert torch.equal(ours, theirs)
     assert torch.equal(*(buffer.rows[:60] for _, buffer, _ in runs))  # the rows behind are not initialised
@@ -367,27 +362,17 @@ def test_updates_without_autograd_match_float64_with_it(sizes, one_dnn, monkeypa
     if one_dnn and not torch.backends.mkldnn.is_available():
         pytest.skip("this PyTorch has no oneDNN")
     monkeypatch.setattr(td3, "one_dnn", lambda: one_dnn)
-    low, high = np.array([-1, 0, -30], np.float32), np.array([1, 0.5, 10], np.float32)
-    agents, generator, draw = [], torch.Generator().manual_seed(0), torch.randn_like
+    agents, generator = [], torch.Generator().manual_seed(0)
     for kind, dtype in ((td3.FusedTD3, torch.float32), (td3.TD3, torch.float64)):
         torch.manual_seed(3)
-        agents.append(kind(5, low, high, td3.Args(hidden_sizes=sizes, policy_noise=1.0), torch.device("cpu")))
+        agents.append(kind(5, LOW, HIGH, td3.Args(hidden_sizes=sizes, policy_noise=1.0), torch.device("cpu")))
         for network in agents[-1].networks.values():
             network.to(dtype)
-    monkeypatch.setattr(torch, "randn_like", lambda x: draw(x.float()).to(x.dtype))  # the same noise for both
-    for update in range(50):
-        rows, results = torch.randn(40, 15, generator=generator), []
-        parts = [*rows[:, :13].split([5, 3, 5], dim=1), rows[:, 13], (rows[:, 14] > 0.5).float()]
-        for agent in agents:
-            torch.manual_seed(update)
-            batch = td3.Batch(*(part.to(agent.actor.action_low.dtype) for part in parts))
-            results.append([*agent.update_critics(batch)])
-            agent.update_actor(batch.obs)
-            agent.update_targets()
-            results[-1].append(agent.actor_loss)
-            if update == 0:
-                networks = [agent.networks[name] for name in ("qf1", "qf2", "actor")]
-                results[-1] += [p.grad for network in networks for p in network.parameters()]
+    for step in range(50):
+        results = update(agents, random_batch(generator, 40), step, policy_frequency=1)
+        for agent, result in zip(agents, results, strict=True):
+            networks = [agent.networks[name] for name in ("qf1", "qf2", "actor")] if step == 0 else []
+            result += [p.grad for network in networks for p in network.parameters()]
         for ours, theirs in zip(*results, strict=True):
             torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-5)
     for name, network in agents[1].networks.items():
@@ -430,8 +415,9 @@ def test_observations_of_any_shape(script):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_non_finite_values_stop_the_run_and_keep_its_files(script):
     with pytest.raises(FloatingPointError, match=r"step 2[1-9]: not finite: action, networks \['actor', 'qf1'"):
-        script.train(script.Args(**{**SMALL, "env_id": "ScriptedHugeReward-v0"}))
+        script.train(script.Args(**{**SMALL, "env_id": "ScriptedHugeReward-v0"}, save_model=True))
     (folder,) = Path("runs").iterdir()
+    assert not (folder / "model.pt").exists()
     assert len((folder / "episodes.csv").read_text().splitlines()) > 5
 
 
@@ -505,10 +491,11 @@ def test_video_of_training_and_of_evaluation(script):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_without_a_terminal_there_are_lines(script, capsys):
-    script.train(script.Args(**SMALL))
+    _, _, folder = script.train(script.Args(**{**SMALL, "eval_interval": 30, "eval_episodes": 1}))
+    evaluation = float(read_csv(folder / "evaluations.csv")[-1]["mean"])
     out = capsys.readouterr().out.splitlines()
     assert out[0].startswith("Scripted-v0 on cpu, 1 threads, run folder runs/Scripted-v0__")
-    assert out[-1].startswith("step 60/60, ") and " steps/s, return 546.0, evaluation nan" in out[-1]
+    assert out[-1].startswith("step 60/60, ") and f" steps/s, return 546.0, evaluation {evaluation:.1f}" in out[-1]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
