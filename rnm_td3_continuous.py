@@ -121,14 +121,13 @@ def nm_mask(weight: torch.Tensor, n: int, m: int) -> torch.Tensor:
 
 
 class NMLinear(nn.Module):
-    """Drop-in for `nn.Linear` whose weight is row-wise N:M sparse: y = x (E * W)^T + b.
+    """Drop-in for `nn.Linear` whose weight is row-wise N:M sparse: y = x (E * W)^T + b. Part 2 has faster ones.
 
     Every row has the same number A of active weights, so the active ones form a dense matrix:
       values  [R, A] parameter: the active weights, all that forward, backward and the optimizer ever see
       index   [R, A] int64: their columns, ascending in each row
       master  [R, C] dense W: its inactive entries (E = 0) get no gradient and stay as they are (a target's follow the
                      online ones); its active entries are stale until `sync` or `project` writes `values` into it
-    This is the reference; Part 2 has NativeLinear (CPU kernels, faster) and SemiStructuredLinear (CUDA).
     """
 
     def __init__(self, in_features, out_features, bias=True, device=None, dtype=None, *, n: int, m: int, linear=None):
@@ -152,6 +151,9 @@ class NMLinear(nn.Module):
         linear.to(self.values).load_state_dict({**self.state_dict(), "weight": self.sparse_weight()}, strict=False)
         return linear
 
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, n={self.n}, m={self.m}"
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.sparse_weight(), self.bias)  # [B, C] -> [B, R]
 
@@ -174,8 +176,7 @@ class NMLinear(nn.Module):
     @torch.no_grad()
     def polyak_(self, online: NMLinear, tau: float) -> None:
         """W' <- tau W + (1 - tau) W' over all entries, active or not; the mask E' stays. b' likewise."""
-        master = self.sync().lerp_(online.sync(), tau)  # in place: it is self.master
-        torch.gather(master, 1, self.index, out=self.values)
+        torch.gather(self.sync().lerp_(online.sync(), tau), 1, self.index, out=self.values)  # lerp_: of the master
         if self.bias is not None:
             self.bias.lerp_(online.bias, tau)
 
@@ -196,20 +197,20 @@ class NMLinear(nn.Module):
 
     def moments(self, optimizer: torch.optim.Optimizer | None) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """What the optimizer holds for each active weight, [R, A], with a dense master beside each, [R, C]."""
-        state = optimizer.state.get(self.values, {}) if optimizer else {}
-        names = [key for key, value in state.items() if np.ndim(value) and not key.endswith("_master")]  # not the step
+        state, shape = optimizer.state.get(self.values, {}) if optimizer else {}, self.values.shape
+        names = [key for key, value in state.items() if getattr(value, "shape", 0) == shape and "_master" not in key]
         return [(state[key], state.setdefault(f"{key}_master", torch.zeros_like(self.master))) for key in names]
 
 
 def sparsify(network: nn.Module, n: int, m: int, dense_layers="none", backend="masked", init="linear", **options):
-    """Replace the linear layers of a network by N:M ones, in place; the first, last or both may stay dense.
+    """Replace the nn.Linear layers in a network, before its optimizer is made; the first, last or both may stay dense.
 
-    Their active weights are those of the layers (`init` linear), or these times what gives outputs the variance that
-    they had (Evci et al. 2022, arXiv 2010.03533): W <- W sqrt(sum W^2 / sum (E W)^2), inactive entries as well.
+    Active weights are those of the layers (`init` linear), or these times what gives outputs the variance that they
+    had (Evci et al. 2022, arXiv 2010.03533): W <- W sqrt(sum W^2 / sum (E W)^2), inactive entries as well.
     """
     names = [name for name, module in network.named_modules() if type(module) is nn.Linear]
     for name in names[int("first" in dense_layers) : len(names) - int("last" in dense_layers)]:
-        linear = network.get_submodule(name)
+        linear = copy.deepcopy(network.get_submodule(name))  # another layer may share its weight
         if init == "variance":
             weight = linear.weight.detach()
             weight *= (weight.norm() / (weight * nm_mask(weight, n, m)).norm()).nan_to_num(1.0)  # 0 / 0 where W is 0
@@ -467,8 +468,8 @@ class NMSequential(nn.Sequential):
 
     @staticmethod
     def fits(modules) -> bool:
-        """Whether these are such layers: a slice, say, of such a network need not be."""
-        kinds = [type(module) for module in modules]
+        """Whether these are such layers, without hooks: a slice, say, of such a network need not be."""
+        kinds = [None if module._forward_hooks or module._forward_pre_hooks else type(module) for module in modules]
         layers, between = kinds[::2], kinds[1::2]
         native = NativeLinear in layers and {*layers} <= {NativeLinear, nn.Linear}
         return native and between == [nn.ReLU] * (len(layers) - 1)
@@ -1155,7 +1156,7 @@ class Run:
         self.step = self.first_step = self.checkpointed = step
         self.rows, self.clock = Counter(state["rows"]), self.clock - float(state["seconds"])
         self.last_return, self.last_evaluation = map(float, state["last"])
-        if not state["episode_over"]:
+        if not state["episode_over"] and step < total:
             what = "broke off an episode: on with a new one, not to the bit what a run without a break gives"
             print(f"note: the checkpoint at step {step} {what}", file=sys.stderr)
 
@@ -1245,7 +1246,7 @@ class SparseRun(Run):
 
 
 def density(network: nn.Module) -> float:
-    """Share of active weights among all weights of a network, biases not counted."""
+    """Share of active weights among all weights of a network's linear layers, biases not counted."""
     layers = [layer for layer in network.modules() if isinstance(layer, (nn.Linear, NMLinear))]
     active = sum((layer.values if isinstance(layer, NMLinear) else layer.weight).numel() for layer in layers)
     return active / sum(layer.in_features * layer.out_features for layer in layers)

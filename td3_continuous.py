@@ -720,7 +720,7 @@ class Run:
         self.step = self.first_step = self.checkpointed = step
         self.rows, self.clock = Counter(state["rows"]), self.clock - float(state["seconds"])
         self.last_return, self.last_evaluation = map(float, state["last"])
-        if not state["episode_over"]:
+        if not state["episode_over"] and step < total:
             what = "broke off an episode: on with a new one, not to the bit what a run without a break gives"
             print(f"note: the checkpoint at step {step} {what}", file=sys.stderr)
 

@@ -61,6 +61,28 @@ def test_conversions_copy_and_draw_no_random_number():
     assert not any(parameter.requires_grad for parameter in frozen.parameters())
 
 
+def test_prints_its_sizes():
+    assert str(NMLinear(8, 4, n=2, m=4)) == "NMLinear(8, 4, bias=True, n=2, m=4)"
+
+
+def test_a_start_that_keeps_the_variance_leaves_tied_weights_alone():
+    network = nn.Sequential(nn.Embedding(4, 8), nn.Linear(8, 4, bias=False))
+    network[1].weight = network[0].weight
+    before = network[0].weight.detach().clone()
+    sparsify(network, 2, 4, init="variance")
+    assert torch.equal(network[0].weight, before) and not torch.equal(network[1].master, before)
+
+
+def test_what_an_optimizer_holds_of_rows_and_columns_stays_as_it_is():
+    layer = NMLinear(8, 4, n=2, m=4)
+    optimizer = torch.optim.Adafactor(layer.parameters())
+    layer(torch.randn(3, 8)).sum().backward()
+    optimizer.step()
+    before = optimizer.state[layer.values]["row_var"].clone()
+    layer.project(optimizer)
+    assert torch.equal(optimizer.state[layer.values]["row_var"], before)
+
+
 def test_is_initialised_as_linear():
     torch.manual_seed(3)
     linear = nn.Linear(20, 6)

@@ -194,12 +194,17 @@ def test_operators_pass_pytorchs_opcheck(needs_grad):
 
 
 @needs_kernels
-def test_a_network_keeps_its_names_and_learns_after_inference():
+def test_a_network_keeps_its_names_and_hooks_and_learns_after_inference():
     layers = {"first": nn.Linear(10, 13), "relu": nn.ReLU(), "last": nn.Linear(13, 1)}  # no other test has such a layer
     masked, native = (sparsify(nn.Sequential(OrderedDict(layers)), 1, 4, "last", b) for b in ("masked", "native"))
     assert isinstance(native, NMSequential) and native.state_dict().keys() == masked.state_dict().keys()
     with torch.inference_mode():
         native(torch.randn(3, 10))
+    shapes = []
+    hook = native.relu.register_forward_hook(lambda *call: shapes.append(call[2].shape))
+    native(torch.randn(3, 10))
+    hook.remove()
+    assert shapes == [(3, 13)]
     native(torch.randn(3, 10)).sum().backward()
     assert native.last.weight.grad is not None
 
