@@ -764,9 +764,8 @@ def analyse(args: Args) -> dict:
     runs = [run for group in groups.values() for run in group]
     ended = {key: [run for run in group if run.finished] for key, group in groups.items()}
     ended = {key: group for key, group in ended.items() if group}
-    pairs = {key: (ended[key[0], "dense"], group) for key, group in ended.items() if (key[0], "dense") in ended}
-    lengths = {key: [group[0].config["total_timesteps"] for group in pair] for key, pair in pairs.items()}
-    dense = {key: pair[0] for key, pair in pairs.items() if lengths[key][0] == lengths[key][1]}
+    length = {key: group[0].config["total_timesteps"] for key, group in ended.items()}
+    dense = {(env, kind): ended[env, "dense"] for env, kind in ended if length.get((env, "dense")) == length[env, kind]}
     estimates = {", ".join(key): estimate([final(group)], args.seed) for key, group in ended.items()}
     estimates |= {f"all, ratio to dense, {k}": found for k, found in across(ended, dense, args.seed)[1].items()}
     summary |= {"groups": estimates, "stability_and_return": correlate(runs, args.seed)}
