@@ -19,7 +19,7 @@ import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise, zip_longest
+from itertools import pairwise
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -662,10 +662,9 @@ def plot_matrices(groups: dict[tuple, list[Run]], path: Path) -> None:
     first = {key: run for key, runs in groups.items() for run in reversed(runs) if run.history}
     columns = math.isqrt(len(first) - 1) + 1
     figure, axes = panels(columns, -(-len(first) // columns), 4, 3.6)
-    for axis, ((env, kind), run) in zip_longest(axes.T.flat, first.items(), fillvalue=((None, None), None)):
-        if run is None:
-            axis.remove()
-            continue
+    for axis in axes.T.flat[len(first) :]:
+        axis.remove()
+    for axis, ((env, kind), run) in zip(axes.T.flat, first.items(), strict=False):
         history = run.history
         rates = 100 * history.matrix.sum(2) / history.active.sum()
         end = min(history.steps[-1] + run.interval, run.config["total_timesteps"])  # so long the last masks hold
