@@ -588,14 +588,12 @@ COLORS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#00
 LINES, MARKERS = ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2))], ["o", "s", "^", "D", "v", "P", "X"]
 
 
-def look_of(i: int) -> dict:
-    """Of the curve with the number i."""
-    return {"color": COLORS[i % 7], "linestyle": LINES[i % 6], "marker": MARKERS[(i + i // 7) % 7]}
-
-
 def looks(results: dict[tuple, list[Run]]) -> dict[str, dict]:
-    """Of the kinds of runs, the same in all environments."""
-    return {kind: look_of(i) for i, kind in enumerate(dict.fromkeys(kind for _, kind in results))}
+    """Of the curves of the kinds of runs, the same in all environments."""
+    found = {}
+    for i, kind in enumerate(dict.fromkeys(kind for _, kind in results)):
+        found[kind] = {"color": COLORS[i % 7], "linestyle": LINES[i % 6], "marker": MARKERS[(i + i // 7) % 7]}
+    return found
 
 
 def panels(columns: int, rows: int, width: float, height: float, **options) -> tuple[plt.Figure, np.ndarray]:
