@@ -137,7 +137,7 @@ def read_masks(folder: Path, interval: int, notes: list[str]) -> tuple[list[str]
 
 def analyse_masks(layers: list[str], shapes: np.ndarray, rows: list[tuple], matrix_size: int) -> History:
     """Count on the events alone, which are few: an entry enters and leaves in turn."""
-    steps, updates, changes = (list(column) for column in zip(*rows, strict=True))
+    steps, updates, changes = zip(*rows, strict=True)
     updates, entries, t_max, l_max = np.array(updates), shapes.prod(1), len(rows), len(layers)
     edges, changed, pointers = np.cumsum([0, *entries]), np.concatenate(changes), np.cumsum([0, *map(len, changes)])
     index = {name: i for i, name in enumerate(layers)}
@@ -179,7 +179,7 @@ def analyse_masks(layers: list[str], shapes: np.ndarray, rows: list[tuple], matr
             time, nth, _ = events(table, i)
             overlap[:, i] = (size[:, i] + size[:, j] - tally(time, nth % 2 == 0)) // 2
 
-    kept = np.unique(np.linspace(0, t_max - 1, min(t_max, matrix_size)).round().astype(int))
+    kept = np.linspace(0, t_max - 1, min(t_max, matrix_size)).round().astype(int)
     masks, matrix = np.zeros((len(kept), edges[-1]), bool), np.empty((len(kept), len(kept), l_max), np.int32)
     for s, (begin, end) in enumerate(pairwise([0, *(kept + 1)])):
         masks[s] = masks[s - 1] ^ np.bincount(changed[pointers[begin] : pointers[end]], minlength=edges[-1]) % 2
@@ -236,7 +236,7 @@ def stability(history: History) -> dict:
     last = history.updates[-1]
     edges = np.linspace(last / 2, last, WINDOWS + 1)
     part = np.searchsorted(edges, history.updates, side="left") - 1  # (edge, next edge]
-    inside = (part >= 0) & (part < WINDOWS)
+    inside = part >= 0
     counts = np.bincount(part[inside], minlength=WINDOWS)
     sums = np.bincount(part[inside], history.sad[inside].sum(1), minlength=WINDOWS)
     if counts.min() == 0 or sums.sum() == 0:
@@ -505,8 +505,8 @@ def correlate(runs: list[Run], seed: int) -> dict[str, dict]:
 
 def binned(history: History, points: int) -> dict[str, np.ndarray]:
     """At most `points` rows of one or more projections: their number, their SAD together, and what the last one has."""
-    first, last = 1, len(history.steps)
-    edges = np.unique(np.linspace(first, last, min(points, last - first) + 1).round().astype(int))
+    end = len(history.steps)
+    edges = np.linspace(1, end, min(points, end - 1) + 1).round().astype(int)  # at least 1 apart
     ends, projections = edges[1:] - 1, np.diff(edges)
     sad = np.add.reduceat(history.sad[: edges[-1]], edges[:-1], axis=0)
     table = {"step": history.steps[ends], "update": history.updates[ends], "projections": projections, "sad": sad}
