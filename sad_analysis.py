@@ -738,11 +738,11 @@ def analyse(args: Args) -> dict:
     runs = []
     for folder in find_runs((*args.runs, *[str(out / "runs")] * args.example)):
         try:
-            runs.append(read_run(folder))
-            add_history(runs[-1], args.matrix_size)
+            run = read_run(folder)
+            add_history(run, args.matrix_size)
+            runs.append(run)
         except Exception as error:  # what others put there: no damage to one run may cost the rest
             print(f"{folder} is left out: {error if type(error) is ValueError else repr(error)}", file=sys.stderr)
-            runs = [run for run in runs if run.folder != folder]
     if not runs:
         raise Failed("no run could be read")
     runs = separate(sorted(runs, key=lambda run: run.name.rpartition("__")[2]))  # by the time in a run folder's name
