@@ -441,9 +441,9 @@ def estimate(strata: list[np.ndarray], seed: int, scales: Sequence[np.ndarray] =
 
         def scaled(*samples, axis=-1, statistic=statistic):
             ours, theirs = samples[: len(strata)], samples[len(strata) :]
-            pairs = zip(ours, theirs, strict=True) if scales else ()
-            ratios = [x / y.mean(axis, keepdims=True) for x, y in pairs]
-            return statistic(*(ratios or ours), axis=axis)
+            if theirs:
+                ours = [x / y.mean(axis, keepdims=True) for x, y in zip(ours, theirs, strict=True)]
+            return statistic(*ours, axis=axis)
 
         everything = [*strata, *scales]
         result[name], result[f"{name}_interval"] = float(scaled(*everything)), bootstrap(everything, scaled, seed)
