@@ -604,18 +604,17 @@ def report(out: Path) -> str:
     words |= {"the best dense": (by_best, "ratio_to_best")} if by_best != references else {}
     for word, (kinds, name) in words.items():
         usable, estimates = sad.across(results, {key: results[key[0], kind] for key, kind in kinds.items()}, 1)
-        if estimates:
-            parts += [f"## {', '.join(usable)}: ratio to the mean of {word}\n", sad.returns_table(estimates, ".2f")]
-            parts += [
-                "Mean: of the environments' means; interquartile mean: of all runs. Intervals are resampled within"
-            ]
-            parts += ["each environment (stratified), dense too."]
-            left_out = ", ".join(env for env in envs if env not in usable)
-            parts += [f"Left out, without dense runs of positive return: {left_out}.\n" if left_out else ""]
-            for kind, found in estimates.items():
-                for average in ("mean", "iqm"):
-                    numbers = [f"{x:.6g}" for x in (found[average], *(found[f"{average}_interval"] or ()))]
-                    rows.append(["all", kind, f"{average}_of_{name}", *numbers, *["", ""][len(numbers) - 1 :]])
+        if not estimates:
+            continue
+        parts += [f"## {', '.join(usable)}: ratio to the mean of {word}\n", sad.returns_table(estimates, ".2f")]
+        parts += ["Mean: of the environments' means; interquartile mean: of all runs. Intervals are resampled within"]
+        parts += ["each environment (stratified), dense too."]
+        left_out = ", ".join(env for env in envs if env not in usable)
+        parts += [f"Left out, without dense runs of positive return: {left_out}.\n" if left_out else ""]
+        for kind, found in estimates.items():
+            for average in ("mean", "iqm"):
+                numbers = [f"{x:.6g}" for x in (found[average], *(found[f"{average}_interval"] or ()))]
+                rows.append(["all", kind, f"{average}_of_{name}", *numbers, *["", ""][len(numbers) - 1 :]])
     parts += ["![learning curves](curves.png)\n\n![final returns](returns.png)\n"]
     parts += ["Missing: " + ("none." if not missing else ""), *[f"- {line}" for line in missing], ""]
     plot_curves(results, envs, out / "curves.png")
