@@ -68,8 +68,7 @@ def claims(folder: Path) -> list[list[str]]:
     dense |= {key: "dense" for key in results if key[1].endswith(", wide") and (key[0], "dense") in results}
 
     def add(claim: str, how: str, where: str, value: float, bounds: Interval, runs: int, verdict: str) -> None:
-        brackets = [f"{bound:.2f}" for bound in bounds or ()]
-        rows.append([claim, how, where, sad.with_interval(f"{value:.2f}", brackets, ""), str(runs), verdict])
+        rows.append([claim, how, where, sad.with_interval(value, bounds, ".2f"), str(runs), verdict])
 
     for variant, how in VARIANTS.items():
         found = {pattern: ratios(results, dense, pattern + variant) for pattern in ("2:4", "1:4", "1:8")}
