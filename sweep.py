@@ -477,6 +477,11 @@ def hours_to(runs: list[Run], goal: float) -> np.ndarray:
     return np.array(found)
 
 
+def rates(runs: list[Run]) -> np.ndarray:
+    """Environment steps per second of training."""
+    return np.array([run.steps[-1] / run.seconds[-1] for run in runs])
+
+
 def ratio(a: np.ndarray, b: np.ndarray, axis: int = -1) -> np.ndarray:
     return a.mean(axis) / b.mean(axis)
 
@@ -521,7 +526,7 @@ def figures(runs: list[Run], dense: list[Run] | None, best: list[Run] | None, cl
             add(name, ratio, values, final(other))
     if others:
         add("better", improvement, values, final(others))
-    found["steps_per_second"] = np.mean([run.steps[-1] / run.seconds[-1] for run in runs]), None
+    found["steps_per_second"] = rates(runs).mean(), None
     found["hours"] = np.mean([run.seconds[-1] for run in runs]) / 3600, None
     if clock and timed(runs):
         if (early := return_at(runs, clock)) is not None:

@@ -35,15 +35,9 @@ def more(bound: float, bounds: Interval) -> str:
     return "confirmed" if bounds[0] >= bound else "refuted"
 
 
-def compare(results: dict, dense: dict, key: tuple[str, str], of=sad.final) -> tuple[float, Interval]:
-    """Ratio of the means of what `of` takes from the runs of a kind, and of those of dense."""
-    samples = [of(results[key]), of(results[key[0], dense[key]])]
-    return sweep.ratio(*samples), sad.bootstrap(samples, sweep.ratio, 1)
-
-
-def rates(runs: list[sad.Run]) -> np.ndarray:
-    """Environment steps per second of training, two runs at once."""
-    return np.array([run.steps[-1] / run.seconds[-1] for run in runs])
+def compare(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, Interval]:
+    """Ratio of the means."""
+    return sweep.ratio(ours, theirs), sad.bootstrap([ours, theirs], sweep.ratio, 1)
 
 
 def ratios(results: dict, dense: dict, kind: str) -> dict[str, tuple[float, Interval, int]]:
@@ -51,12 +45,12 @@ def ratios(results: dict, dense: dict, kind: str) -> dict[str, tuple[float, Inte
 
     Left out: environments where a dense run has no positive return, to which a ratio would mean nothing.
     """
-    keys = [(env, kind) for env in ENVS if (env, kind) in dense]
-    keys = [key for key in keys if sad.final(results[key[0], dense[key]]).min() > 0]
-    found = {key[0]: (*compare(results, dense, key), len(results[key])) for key in keys}
-    mine, theirs = {key: results[key] for key in keys}, {key: results[key[0], dense[key]] for key in keys}
+    theirs = {(env, kind): results[env, dense[env, kind]] for env in ENVS if (env, kind) in dense}
+    theirs = {key: runs for key, runs in theirs.items() if sad.final(runs).min() > 0}
+    mine = {key: results[key] for key in theirs}
+    found = {key[0]: (*compare(sad.final(mine[key]), sad.final(theirs[key])), len(mine[key])) for key in mine}
     for each in sad.across(mine, theirs, 1)[1].values():
-        found[f"mean of {len(keys)} environments"] = each["mean"], each["mean_interval"], each["runs"]
+        found[f"mean of {len(mine)} environments"] = each["mean"], each["mean_interval"], each["runs"]
     return found
 
 
@@ -69,6 +63,11 @@ def claims(folder: Path) -> list[list[str]]:
 
     def add(claim: str, how: str, where: str, value: float, bounds: Interval, runs: int, verdict: str) -> None:
         rows.append([claim, how, where, sad.with_interval(value, bounds, ".2f"), str(runs), verdict])
+
+    def add_more(claim: str, how: str, where: str, ours: np.ndarray, theirs: np.ndarray) -> None:
+        """The claim that the mean of ours is larger."""
+        value, bounds = compare(ours, theirs)
+        add(claim, how, where, value, bounds, len(ours), more(1, bounds))
 
     for variant, how in VARIANTS.items():
         found = {pattern: ratios(results, dense, pattern + variant) for pattern in ("2:4", "1:4", "1:8")}
@@ -86,24 +85,20 @@ def claims(folder: Path) -> list[list[str]]:
     for env, kind in studied:
         pattern = kind.removesuffix(", K10000")
         if pattern != kind and (env, pattern) in studied and sad.final(studied[env, pattern]).min() > 0:
-            value, bounds = compare(studied, {(env, kind): pattern}, (env, kind))
-            runs, verdict = len(studied[env, kind]), more(1, bounds)
-            add(f"{pattern}: rarer mask updates help", "K = 10 000 to K = 1 000", env, value, bounds, runs, verdict)
+            samples = sad.final(studied[env, kind]), sad.final(studied[env, pattern])
+            add_more(f"{pattern}: rarer mask updates help", "K = 10 000 to K = 1 000", env, *samples)
     for name, where in (("halfcheetah_2_threads", "HalfCheetah-v4"), ("ant", "Ant-v4")):
         with open(SPEED / f"{name}.csv") as file:
             rounds = {
                 row["name"]: np.array([float(row[f"run_{i}"]) for i in (1, 2, 3)]) for row in csv.DictReader(file)
             }
         for pattern in ("2:4", "1:4", "1:8"):
-            samples = [rounds[pattern], rounds["CleanRL"]]
-            value, bounds = sweep.ratio(*samples), sad.bootstrap(samples, sweep.ratio, 1)
-            add(f"{pattern} trains faster", "two threads, CleanRL", where, value, bounds, 3, more(1, bounds))
+            add_more(f"{pattern} trains faster", "two threads, CleanRL", where, rounds[pattern], rounds["CleanRL"])
     for pattern in ("2:4", "1:4", "1:8"):
         for env in ENVS:
             if (env, pattern) in dense:
-                value, bounds = compare(results, dense, (env, pattern), rates)
-                runs, verdict = len(results[env, pattern]), more(1, bounds)
-                add(f"{pattern} trains faster", "these runs, our dense twin", env, value, bounds, runs, verdict)
+                samples = sweep.rates(results[env, pattern]), sweep.rates(results[env, dense[env, pattern]])
+                add_more(f"{pattern} trains faster", "these runs, our dense twin", env, *samples)
     if (summary := folder / "sad" / "summary.json").exists():
         for env, found in json.loads(summary.read_text())["stability_and_return"].items():
             if "within_groups_spearman" in found:
