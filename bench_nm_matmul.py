@@ -436,12 +436,9 @@ def main() -> int:
         with enough_memory("--sizes or --batch-sizes"):
             table = benchmark(args, device)
         write(table, title, args)
-    except UsageError as error:
+    except (UsageError, OSError) as error:  # OSError: the table is on the screen
         print("error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
-    except OSError as error:  # the table is on the screen
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
         return 130
     return 0
