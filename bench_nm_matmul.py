@@ -13,7 +13,7 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -173,17 +173,13 @@ def networks(sizes: tuple[int, ...], batch: int, patterns: list[tuple[int, int]]
     for key, net in nets.items():
         layers = [layer.to_linear() if isinstance(layer, NMLinear) else copy.deepcopy(layer) for layer in net]
         reference = network(torch.nn.Sequential(*layers).double(), x.double(), g.double())
-        pairs = [(net(x), reference["forward"]())]
-        for layer, got, want in zip(
-            [layer for layer in net if not isinstance(layer, torch.nn.ReLU) for _ in range(2)],
-            network(net, x, g)["together"](),
-            reference["together"](),
-            strict=True,
-        ):
-            sparse = isinstance(layer, NMLinear) and want.dim() == 2
-            pairs.append((got, want.gather(1, layer.index) if sparse else want))
+        want = [reference["forward"](), *reference["together"]()]  # Y, and of each layer dW and db
+        for i, layer in enumerate(list(net)[::2]):
+            if isinstance(layer, NMLinear):
+                want[1 + 2 * i] = want[1 + 2 * i].gather(1, layer.index)
+        products = network(net, x, g)
         weights = sum(parameter.numel() for parameter in net.parameters() if parameter.dim() == 2)
-        out[key] = network(net, x, g), weights, worst(pairs)
+        out[key] = products, weights, worst([products["forward"](), *products["together"]()], want)
     return out
 
 
@@ -240,12 +236,11 @@ def with_tf32(function: Callable) -> Callable:
 # ---------------------------------------------------------------- measuring
 
 
-def worst(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
+def worst(got: Sequence[torch.Tensor], want: Sequence[torch.Tensor]) -> float:
     """Largest difference of what we got and what we want, relative to the largest number of each; NaN comes through."""
-    assert all(got.shape == want.shape for got, want in pairs)
-    return (
-        torch.stack([(got - want).abs().max() / want.abs().max().clamp_min(1e-3) for got, want in pairs]).max().item()
-    )
+    assert [tensor.shape for tensor in got] == [tensor.shape for tensor in want]
+    differences = [(a - b).abs().max() / b.abs().max().clamp_min(1e-3) for a, b in zip(got, want, strict=True)]
+    return torch.stack(differences).max().item()
 
 
 def errors(products: dict, w: torch.Tensor, index: torch.Tensor | None, reference: tuple) -> float:
@@ -253,12 +248,9 @@ def errors(products: dict, w: torch.Tensor, index: torch.Tensor | None, referenc
     x, b, g = reference
     w = w.double()
     dw = g.t() @ x
-    want = {"Y": x @ w.t() + b, "dX": g @ w, "dW": dw if index is None else dw.gather(1, index), "db": g.sum(0)}
-    got = {"Y": products["forward"](), "dX": products["dX"]()}
-    got["dW"], got["db"] = products["dW"]()
-    pairs = [(got[k], want[k]) for k in want]
-    pairs += list(zip(products["together"](), want.values(), strict=True))
-    return worst(pairs)
+    want = [x @ w.t() + b, g @ w, dw if index is None else dw.gather(1, index), g.sum(0)]
+    got = [products["forward"](), products["dX"](), *products["dW"](), *products["together"]()]
+    return worst(got, want * 2)
 
 
 def measure(functions: dict, rounds: int, seconds: float, device: torch.device) -> dict[tuple, list[float]]:
