@@ -184,7 +184,7 @@ def networks(sizes: tuple[int, ...], batch: int, patterns: list[tuple[int, int]]
 
 
 def rivals(columns: int, rows: int, batch: int, patterns: list[tuple[int, int]], device: torch.device) -> dict:
-    """Rivals by (name, pattern), and for each the weight that it stands for, to check it against float64."""
+    """Rivals by (name, pattern) for a linear layer: products, number of weights, error against float64."""
     layer = torch.nn.Linear(columns, rows, device=device)
     x, g = torch.randn(batch, columns, device=device), torch.randn(batch, rows, device=device)
     w, b = layer.weight.detach(), layer.bias.detach()
@@ -219,7 +219,11 @@ def rivals(columns: int, rows: int, batch: int, patterns: list[tuple[int, int]],
                     continue
                 name = f"ours ({type(ours.packed_weight()).__name__[26:]} {str(dtype)[6:]})"
                 out[name, pattern] = semi_structured(ours, x, b, g), w, plain.index
-    return out | {"reference": (x.double(), b.double(), g.double())}
+    reference = x.double(), b.double(), g.double()
+    for key, (products, w, index) in out.items():
+        weights = (w if index is None else index).numel()
+        out[key] = products, weights, errors(products, w, index, reference)
+    return out
 
 
 def with_tf32(function: Callable) -> Callable:
@@ -306,18 +310,11 @@ def rows_of(everyone: dict, sizes: tuple[int, ...], batch: int, args: Args, devi
 def benchmark(args: Args, device: torch.device) -> list[dict]:
     """One row per layers, batch size, rival, pattern and product."""
     patterns = [tuple(map(int, pattern.split(":"))) for pattern in args.patterns]
-    shapes = [(size, size) for size in args.sizes]
-    shapes += [shape for shape in td3_shapes(args.env_id) if shape not in shapes]
-    table = []
-    for columns, rows in dict.fromkeys(shapes):
+    shapes, table = td3_shapes(args.env_id), []
+    for columns, rows in dict.fromkeys([*[(size, size) for size in args.sizes], *shapes]):
         for batch in args.batch_sizes:
-            everyone = rivals(columns, rows, batch, patterns, device)
-            reference = everyone.pop("reference")
-            for key, (products, w, index) in everyone.items():
-                weights = rows * columns if index is None else index.numel()
-                everyone[key] = products, weights, errors(products, w, index, reference)
-            table += rows_of(everyone, (columns, rows), batch, args, device)
-    critic = (td3_shapes(args.env_id)[1][0], 256, 256, 1)
+            table += rows_of(rivals(columns, rows, batch, patterns, device), (columns, rows), batch, args, device)
+    critic = (shapes[1][0], 256, 256, 1)
     for batch in args.batch_sizes:
         table += rows_of(networks(critic, batch, patterns, device), critic, batch, args, device)
     return table
