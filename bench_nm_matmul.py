@@ -259,21 +259,18 @@ def errors(products: dict, w: torch.Tensor, index: torch.Tensor | None, referenc
 
 def measure(functions: dict, rounds: int, seconds: float, device: torch.device) -> dict[tuple, list[float]]:
     """Seconds per call of each function in each round; the rounds alternate between all functions."""
+    synchronize = torch.get_device_module(device).synchronize  # on a CPU, it does nothing
 
     def turn(function: Callable, calls: int) -> float:
         function()  # the one before has left other data in the caches
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize()
         start = time.perf_counter()
         for _ in range(calls):
             function()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize()
         return (time.perf_counter() - start) / calls
 
-    calls = {}
-    for key, function in functions.items():
-        calls[key] = max(1, int(seconds / turn(function, 2)))
+    calls = {key: max(1, int(seconds / turn(function, 2))) for key, function in functions.items()}
     times = {key: [] for key in functions}
     for _ in range(rounds):
         for key, function in functions.items():
