@@ -229,10 +229,9 @@ def rivals(columns: int, rows: int, batch: int, patterns: list[tuple[int, int]],
 def with_tf32(function: Callable) -> Callable:
     def call():
         torch.backends.cuda.matmul.allow_tf32 = True
-        try:
-            return function()
-        finally:
-            torch.backends.cuda.matmul.allow_tf32 = False
+        result = function()
+        torch.backends.cuda.matmul.allow_tf32 = False
+        return result
 
     return call
 
@@ -335,7 +334,6 @@ def plot(table: list[dict], title: str, path: Path) -> None:
     ours = [row for row in table if row["rival"].startswith("ours") and row["product"] == "together"]
     ours = [row for row in ours if row["batch"] == max(r["batch"] for r in ours)]
     ours = [row | {"in": int(row["layers"].split("-")[0])} for row in ours if len(set(row["layers"].split("-"))) == 1]
-    plt.switch_backend("Agg")  # no screen needed
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     markers = "osD^vP*X"
     sparsities = sorted({row["sparsity"] for row in ours})
