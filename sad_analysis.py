@@ -14,7 +14,6 @@ import os
 import struct
 import subprocess
 import sys
-import warnings
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -410,9 +409,7 @@ def bootstrap(samples: list[np.ndarray], statistic: Callable[..., np.ndarray], s
     if min(map(len, samples)) < 2:
         return None
     options = {"n_resamples": RESAMPLES, "method": "percentile", "paired": paired, "vectorized": not paired}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of samples that are all alike
-        found = scipy.stats.bootstrap(samples, statistic, **options, rng=np.random.default_rng(seed))
+    found = scipy.stats.bootstrap(samples, statistic, **options, rng=np.random.default_rng(seed))
     return [float(bound) for bound in found.confidence_interval]
 
 
@@ -428,7 +425,7 @@ def iqm(*strata: np.ndarray, axis: int = -1) -> np.ndarray:
 
 def spearman(x: np.ndarray, y: np.ndarray) -> float:
     """0 where all are equal, and there is no rank."""
-    return float(np.nan_to_num(scipy.stats.spearmanr(x, y).statistic)) if np.ptp(x) and np.ptp(y) else 0.0
+    return float(scipy.stats.spearmanr(x, y).statistic) if np.ptp(x) and np.ptp(y) else 0.0
 
 
 def estimate(strata: list[np.ndarray], seed: int, scales: Sequence[np.ndarray] = ()) -> dict:
