@@ -457,9 +457,8 @@ def across(results: dict[tuple, list[Run]], dense: dict[tuple, list[Run]], seed:
     Both: environment and kind of run to its runs; dense: what each is compared with. An environment can be used where
     all that is dense is positive; there are no estimates with fewer than two of them.
     """
-    pairs = [(env, final(runs).min()) for (env, _), runs in dense.items()]
-    least = {env: min((value for e, value in pairs if e == env), default=0) for env, _ in results}
-    envs, found = [env for env in least if least[env] > 0], {}
+    least = {env: [final(runs).min() for (e, _), runs in dense.items() if e == env] for env, _ in results}
+    envs, found = [env for env, returns in least.items() if returns and min(returns) > 0], {}
     for kind in dict.fromkeys(kind for _, kind in results) if len(envs) > 1 else ():
         keys = [(env, kind) for env in envs]
         if all(key in results and key in dense for key in keys):
