@@ -339,9 +339,8 @@ def separate(runs: list[Run]) -> list[Run]:
                     run.extra += f", {name} {run.config.get(name)}"
     newest = {(run.group, run.config["seed"]): run for run in runs}
     for run in runs:
-        if newest[run.group, run.config["seed"]] is not run:
-            newer = newest[run.group, run.config["seed"]].folder
-            print(f"{run.folder} is left out: it has the seed of {newer}", file=sys.stderr)
+        if (newer := newest[run.group, run.config["seed"]]) is not run:
+            print(f"{run.folder} is left out: it has the seed of {newer.folder}", file=sys.stderr)
     return list(newest.values())
 
 
@@ -489,7 +488,7 @@ def correlate(runs: list[Run], seed: int) -> dict[str, dict]:
             found["within_groups_spearman"] = spearman(a, b)
             found["within_groups_interval"] = bootstrap([a, b], spearman, seed, paired=True)
             words = "among runs of the same N:M and K"
-        low, high = found.get("within_groups_interval", found["interval"]) or (-1, 1)
+        low, high = found.get("within_groups_interval", found["interval"])
         direction = "better" if low > 0 else "worse"
         clear = f"a more stable SAD goes with a {direction} return {words}"
         found["verdict"] = clear if low > 0 or high < 0 else f"no clear relation {words}"
