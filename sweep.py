@@ -114,6 +114,11 @@ class Task:
             command += ["--n", n, "--m", m]
         return [*command, *self.flags]
 
+    @property
+    def line(self) -> str:
+        """Of `commands.txt`."""
+        return shlex.join(["python", self.script.name, *self.fresh_command()[2:]])
+
     def command(self) -> list[str] | None:
         """What brings the run to its end from where it is. None if it is there. Raises UsageError."""
         if self.finished():
@@ -658,14 +663,16 @@ def plan_sweep(tasks: list[Task], out: Path) -> None:
     with contextlib.suppress(FileNotFoundError):
         lines = (out / "commands.txt").read_text(errors="replace").splitlines()
     for task in tasks:
-        if (before := plan.get(task.name, task)).flags != task.flags:
-            which = f"{task.name} was started with other flags ({shlex.join(before.flags) or 'none'})"
-            raise UsageError(f"--out {out}: {which}; give those, or a new --out")
-        line = shlex.join(["python", task.script.name, *task.fresh_command()[2:]])
         there = [path for path in (task.folder, task.results) if path.exists()]
-        if there and task.name not in plan and line not in lines:  # perhaps with other flags
+        before = plan.get(task.name, task)
+        if before.flags != task.flags:
+            if there:
+                which = f"{task.name} was started with other flags ({shlex.join(before.flags) or 'none'})"
+                raise UsageError(f"--out {out}: {which}; give those, or a new --out")
+            lines, before = [line for line in lines if line != before.line], task
+        if there and task.name not in plan and task.line not in lines:  # perhaps with other flags
             raise UsageError(f"{there[0]} is of another sweep; move it away, or give --out another name")
-        lines.append(line)
+        lines.append(task.line)
         plan[task.name] = max(before, task, key=lambda each: each.total_timesteps)
     entries = {name: astuple(task)[:6] for name, task in plan.items()}
     (out / "sweep.incomplete").write_text(json.dumps(entries, indent=1))

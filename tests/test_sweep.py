@@ -224,11 +224,18 @@ def test_a_later_call_adds_to_the_sweep_and_cannot_change_its_flags(monkeypatch,
     assert calls == [4, 8, 2] and len(plan) == 4 + 6 + 2
     assert plan["A-v1__2_4__9"].flags == ["--mask-update-interval=9"] and plan["A-v1__dense__9"].flags == []
     assert len(Path("out/commands.txt").read_text().splitlines()) == 12
-    monkeypatch.setattr(sys, "argv", ["sweep.py", "--env-ids", "A-v1", "--out", "out", "--flags=--gamma 0.5"])
+    other = ["sweep.py", "--env-ids", "A-v1", "--patterns", "dense", "--out", "out", "--flags=--gamma 0.5", "--seeds"]
+    monkeypatch.setattr(sys, "argv", [*other, "9"])
+    assert sweep.main() == 0  # it has not begun
+    assert sweep.read_plan(Path("out"))["A-v1__dense__9"].flags == ["--gamma", "0.5"]
+    lines = Path("out/commands.txt").read_text().splitlines()
+    assert len(lines) == 12 and sum("--gamma 0.5" in line for line in lines) == 1
+    plan = sweep.read_plan(Path("out"))
+    Path("runs/A-v1__out__dense__1__1").mkdir(parents=True)
+    monkeypatch.setattr(sys, "argv", [*other, "1"])
     assert sweep.main() == 2
     assert "A-v1__dense__1 was started with other flags (none); give those, or a new --out" in capsys.readouterr().err
     assert sweep.read_plan(Path("out")) == plan
-    Path("runs/A-v1__out__dense__1__1").mkdir(parents=True)
     monkeypatch.setattr(sys, "argv", ["sweep.py", "--env-ids", "A-v1", "--seeds", "1", "--out", "out"])
     Path("out/sweep.json").unlink()
     assert sweep.main() == 0  # its command is there
