@@ -507,7 +507,7 @@ def weights(config: dict) -> dict[str, float]:
         sizes = np.array([*pairwise([inputs, *config["hidden_sizes"], outputs])])
         active = sizes[:, 1] * (sizes[:, 0] // m * n + np.minimum(n, sizes[:, 0] % m))
         thin = [0] * ("first" in dense) + [-1] * ("last" in dense)
-        indices = 0 if n == m else active.sum() - active[thin].sum()
+        indices = active.sum() - active[thin].sum() if "n" in config else 0
         active[thin] = sizes[thin].prod(1)
         networks.append((active.sum(), sizes.prod(1).sum(), sizes[:, 1].sum(), indices))
     (actor, whole, biases, indices), (critic, whole_critic, *_) = networks
