@@ -313,6 +313,8 @@ def test_slurm_script_runs_its_tasks():
     shutil.rmtree("runs")  # on another machine, say
     assert {sweep.state_of(task) for task in tasks(seeds=("1",))} == {"finished"}
     assert "| 2:4 | 1 |" in sweep.report(Path("out"))
+    for name in ("curves", "returns"):
+        assert (Path("out") / f"{name}.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize("name", ["a b", "it's", 'say "x"', "50%j$HOME", "$(touch x)`id`", "new\nline", "ä;#!*"])
