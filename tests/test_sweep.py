@@ -460,6 +460,19 @@ def test_curves_go_over_steps_and_hours(monkeypatch):
         assert (x[-1], y[0], y[-1]) == pytest.approx((end, 100, 2000))
 
 
+def test_of_many_curves_the_color_tells_the_pattern_and_no_two_are_alike():
+    kinds = [f"{pattern}{variant}" for variant in ("", ", a", ", b") for pattern in ("dense", "2:4", "1:4")]
+    looks = sad.looks({("A", kind): [] for kind in kinds})
+    for kind, look in looks.items():
+        alike = {other for other, found in looks.items() if found["color"] == look["color"]}
+        assert alike == {other for other in kinds if other.split(", ")[0] == kind.split(", ")[0]}
+    assert len({str(look) for look in looks.values()}) == len(kinds)
+    one_pattern = sad.looks({("A", f"2:4, K = {k}"): [] for k in range(20)})  # a color for each, as far as they go
+    assert (
+        len({look["color"] for look in one_pattern.values()}) == 7 and len({str(x) for x in one_pattern.values()}) == 20
+    )
+
+
 def test_of_several_run_folders_the_one_that_has_gone_furthest_counts():
     task, name = tasks()[1], "InvertedPendulum-v5__out__2_4__1__"
     for started, step in ((1, 120), (2, 40), (3, None)):
