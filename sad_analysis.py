@@ -586,9 +586,9 @@ LINES, MARKERS = ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2))], [
 def looks(results: dict[tuple, list[Run]]) -> dict[str, dict]:
     """Of the curves of the kinds of runs, the same in all environments. Of many (`1:4, base`), N:M has the color."""
     found, kinds = {}, list(dict.fromkeys(kind for _, kind in results))
-    parts = [kind.partition(", ")[::2] for kind in kinds]
-    first, second = (list(dict.fromkeys(part)) for part in zip(*parts, strict=True))
-    for i, (kind, (pattern, rest)) in enumerate(zip(kinds, parts, strict=True)):
+    first, second = (list(dict.fromkeys(kind.partition(", ")[part] for kind in kinds)) for part in (0, 2))
+    for i, kind in enumerate(kinds):
+        pattern, _, rest = kind.partition(", ")
         a, b = (i, i) if 1 in (len(first), len(second)) else (first.index(pattern), second.index(rest))
         found[kind] = {"color": COLORS[a % 7], "linestyle": LINES[b % 6], "marker": MARKERS[(b + b // 7) % 7]}
     return found
