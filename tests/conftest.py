@@ -1,9 +1,12 @@
 """Every test runs in a folder of its own, so that run folders land there; one thread: the networks are small."""
 
+import signal
+
 import pytest
 import torch
 
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and so would our runs
 
 
 @pytest.fixture(autouse=True)
