@@ -26,6 +26,7 @@ import numpy as np
 import scipy.sparse
 import scipy.stats
 import tyro
+from PIL import Image
 
 COHORTS = 10  # times at which an active entry is followed to its end
 LAST = 10  # evaluations whose mean is the final return of a run
@@ -611,6 +612,7 @@ def dress(axis: plt.Axes, **labels) -> None:
 def save(figure: plt.Figure, path: Path) -> None:
     figure.savefig(path, dpi=300)
     plt.close(figure)
+    Image.open(path).convert("RGB").quantize(256).save(path)  # looks the same in a third of the bytes
 
 
 def mean_curve(curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
