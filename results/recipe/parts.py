@@ -4,10 +4,7 @@ python results/recipe/parts.py
 """
 
 import sys
-from itertools import chain
 from pathlib import Path
-
-import numpy as np
 
 sys.path.insert(0, str(Path.cwd()))
 import sad_analysis as sad
@@ -25,37 +22,31 @@ PARTS = {  # variant: what it is
 FIRST12 = {"HalfCheetah-v5": 16.3, "Ant-v5": 24.6}  # active weights in per cent: its flag is not one of the scripts
 
 
-def score(*samples: np.ndarray, axis: int = -1) -> np.ndarray:
-    """Mean of ratios to dense: `samples` are runs of a kind and dense ones in turn."""
-    return np.mean([sweep.ratio(a, b, axis) for a, b in zip(samples[::2], samples[1::2], strict=True)], axis=0)
-
-
 def table(results: dict) -> str:
-    """Ratios to the best dense runs of each environment, and their means; active weights; seeds."""
-    best = {env: sad.final(best_dense(results, env)) for env in ENVS}
+    """Ratios to the best dense runs of each environment, and their means; active weights of 1:8."""
     header = ["", *[f"{m}, {where}" for m in ("1:8", "1:4") for where in (*ENVS, "mean")], "mean of all", "active, %"]
     rows = []
     for variant, what in PARTS.items():
-        cells, samples = [], []
-        for pattern in ("1:8", "1:4"):
-            keys = [(env, f"{pattern}, {variant}") for env in ENVS]
-            pairs = [[sad.final(results[key]), best[key[0]]] if key in results else [] for key in keys]
-            samples.append([*chain(*pairs)] if all(pairs) else [])
-            cells += [cell(pair) for pair in (*pairs, samples[-1])]
-        active = [sweep.weights(results[env, f"1:8, {variant}"][0].config)["active"] for env in ENVS]
+        eighth, fourth = ([(env, f"{pattern}, {variant}") for env in ENVS] for pattern in ("1:8", "1:4"))
+        groups = [*[[key] for key in eighth], eighth, *[[key] for key in fourth], fourth, eighth + fourth]
+        active = [sweep.weights(results[key][0].config)["active"] for key in eighth]
         active = FIRST12.values() if variant == "first12" else active
-        everything = cell([*chain(*samples)] if all(samples) else [])
-        rows.append([what, *cells, everything, ", ".join(f"{x:.1f}" for x in active)])
+        rows.append([what, *[cell(results, keys) for keys in groups], ", ".join(f"{x:.1f}" for x in active)])
     return sad.markdown(header, rows)
+
+
+def cell(results: dict, keys: list[tuple[str, str]]) -> str:
+    """Mean of the ratios, empty as long as there are no runs of one."""
+    if any(key not in results for key in keys):
+        return ""
+    mine = [sad.final(results[key]) for key in keys]
+    found = sad.estimate(mine, 1, [sad.final(best_dense(results, env)) for env, _ in keys])
+    return sad.with_interval(found["mean"], found["mean_interval"], ".2f")
 
 
 def best_dense(results: dict, env: str) -> list[sad.Run]:
     dense = [runs for (each, kind), runs in results.items() if each == env and kind.startswith("dense")]
     return max(dense, key=lambda runs: sad.final(runs).mean())
-
-
-def cell(samples: list[np.ndarray]) -> str:
-    return sad.with_interval(score(*samples), sad.bootstrap(samples, score, 1), ".2f") if samples else ""
 
 
 if __name__ == "__main__":
