@@ -94,7 +94,7 @@ class Args:
     m: int = 4  # M: consecutive inputs of a neuron that form a group
     mask_update_interval: int = 1000  # K: critic updates between projections of all networks (0 = masks never change)
     target_mask: Literal["own", "online"] = "own"  # targets' masks: projection of their own weights, or online's masks
-    dense_layers: Literal["none", "first", "last", "first,last"] = "none"  # layers of every network that stay dense
+    dense_layers: Literal["none", "first", "last", "first,last"] = "last"  # layers of every network that stay dense
     init: Literal["variance", "linear"] = "variance"  # start of N:M layers: nn.Linear's, scaled to keep variance or not
     backend: Literal["auto", "masked", "native", "semi_structured"] = "auto"  # auto: native on a CPU if 2N <= M
     semi_structured_dtype: Literal["bfloat16", "float16"] = "bfloat16"  # of its 2:4 products (1:2 has float32 alone)

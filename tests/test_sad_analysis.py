@@ -338,7 +338,7 @@ def test_real_runs_from_the_files_to_the_pictures(real_runs, capsys):
     assert total[0]["overlap_with_target"] == ""
     matrices = np.load("out/sad_matrices.npz")
     assert matrices[f"{run}/sad"][0, -1].sum() == (masks[0] != masks[-1]).sum()
-    assert {row["name"] for row in rows} >= {*NETWORKS, "total", "qf2_target.net.4"}
+    assert {row["name"] for row in rows} >= {*NETWORKS, "total", "qf2_target.net.2"}
     assert [int(row["update"]) for row in total] == [int(row["step"]) - 20 for row in total]
     assert {int(row["active"]) for row in total} == {active}
     assert matrices[f"{run}/steps"].tolist() == [step for step, *_ in changes]

@@ -157,7 +157,8 @@ class SameProduct(SemiStructuredLinear):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_updates_equal_those_of_autograd_on_the_same_products(dtype, products_on_the_cpu, monkeypatch):
-    args = Args(backend="semi_structured", semi_structured_dtype=dtype, hidden_sizes=(64, 128), learning_rate=1e-2)
+    options = {"hidden_sizes": (64, 128), "learning_rate": 1e-2, "dense_layers": "none"}
+    args = Args(backend="semi_structured", semi_structured_dtype=dtype, **options)
     agents = []
     for kind in (SemiStructuredLinear, SameProduct):
         monkeypatch.setitem(rnm_td3_continuous.BACKENDS, "semi_structured", kind)
@@ -183,7 +184,7 @@ def test_updates_equal_those_of_autograd_on_the_same_products(dtype, products_on
 @pytest.mark.parametrize("dtype, bound", [("bfloat16", 0.4), ("float16", 0.05)])
 def test_a_value_of_300_is_not_rounded_to_the_type_of_the_products(dtype, bound, products_on_the_cpu):
     """bfloat16 has steps of 2 there, float16 of 0.25; the last layer adds up in float32. `bound`: root mean square."""
-    args = Args(backend="semi_structured", semi_structured_dtype=dtype, hidden_sizes=(256, 256))
+    args = Args(backend="semi_structured", semi_structured_dtype=dtype, dense_layers="none")
     torch.manual_seed(0)
     critic = TD3(32, np.full(3, -1.0, np.float32), np.ones(3, np.float32), args, CPU).qf1
     obs, action = torch.randn(256, 32), torch.rand(256, 3) * 2 - 1
@@ -386,7 +387,8 @@ def test_products_match_float64(n, m, dtype, columns, rows, batch):
 def test_an_update_and_a_projection_of_all_six_networks(n, m, dtype):
     skip_what_pytorch_lacks(n, m)
     half = "float16" if dtype is torch.float16 else "bfloat16"
-    args = Args(n=n, m=m, backend="semi_structured", semi_structured_dtype=half, hidden_sizes=(64, 64))
+    options = {"backend": "semi_structured", "semi_structured_dtype": half, "dense_layers": "none"}
+    args = Args(n=n, m=m, **options, hidden_sizes=(64, 64))
     torch.manual_seed(0)
     agent = TD3(11, np.full(3, -1.0, np.float32), np.ones(3, np.float32), args, CUDA)
     assert {type(layer) for layer in agent.nm_layers.values()} == {SemiStructuredLinear, NMLinear}

@@ -281,9 +281,9 @@ def test_run_folder(script):
     if script is rnm:
         assert {"density/qf2_target"} <= tags
         assert events.Scalars("density/qf1")[0].value == pytest.approx(rnm.density(agent.qf1))
-        layers = agent.nm_layers.values()
-        share = sum(layer.values.numel() for layer in layers) / sum(layer.master.numel() for layer in layers)
-        assert events.Scalars("density/total")[0].value == pytest.approx(share)
+        layers, last = agent.nm_layers.values(), sum(net.net[-1].weight.numel() for net in agent.networks.values())
+        active, whole = (last + sum(getattr(x, name).numel() for x in layers) for name in ("values", "master"))
+        assert events.Scalars("density/total")[0].value == pytest.approx(active / whole)
     assert (folder / "model.pt").exists()
 
 

@@ -40,20 +40,21 @@ def cell(results: dict, keys: list[tuple[str, str]]) -> str:
     if any(key not in results for key in keys):
         return ""
     mine = [sad.final(results[key]) for key in keys]
-    found = sad.estimate(mine, 1, [sad.final(best_dense(results, env)) for env, _ in keys])
+    found = sad.estimate(mine, 1, [sad.final(best_of(results, env, "dense")) for env, _ in keys])
     return sad.with_interval(found["mean"], found["mean_interval"], ".2f")
 
 
-def best_dense(results: dict, env: str) -> list[sad.Run]:
-    dense = [runs for (each, kind), runs in results.items() if each == env and kind.startswith("dense")]
-    return max(dense, key=lambda runs: sad.final(runs).mean())
+def best_of(results: dict, env: str, pattern: str) -> list[sad.Run]:
+    """Its runs at the best step size of step 1."""
+    return max((results[env, f"{pattern}, lr{x}"] for x in (3, 6, 9)), key=lambda runs: sad.final(runs).mean())
 
 
 if __name__ == "__main__":
     results, _ = sweep.read_results(sweep.read_plan(HERE))
     step_size = {key: runs for key, runs in results.items() if key[1].endswith(("lr3", "lr6", "lr9"))}
-    parts = {(env, "dense"): best_dense(results, env) for env in ENVS}
+    parts = {(env, "dense"): best_of(results, env, "dense") for env in ENVS}
     parts |= {(env, f"1:8 {name}"): results[env, f"1:8, {name}"] for name in PARTS for env in ENVS}
-    for name, chosen in {"step_size": step_size, "parts": parts}.items():
+    best = {(env, m): best_of(results, env, m) for m in ("dense", "2:4", "1:4", "1:8") for env in ENVS}
+    for name, chosen in {"step_size": step_size, "parts": parts, "best": best}.items():
         sweep.plot_curves(chosen, list(ENVS), HERE / f"{name}.png")
     print(table(results))

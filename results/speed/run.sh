@@ -38,7 +38,7 @@ fi
 [[ ${1:-all} =~ all|ant ]] && $ours "$measure" --rounds 3 --threads 2 --out "$results/ant" "$(cleanrl $ant)" \
   "$(sbx $ant)" "$(dense dense $ant)" "$(sparse 2:4 2 4 $ant)" "$(sparse 1:4 1 4 $ant)" "$(sparse 1:8 1 8 $ant)"
 [[ ${1:-all} =~ all|layers ]] && $ours "$measure" --rounds 5 --threads 2 --out "$results/dense_layers" \
-  "$(sparse 'to the letter' 1 8 $cheetah --init linear)" "$(sparse last 1 8 $cheetah --dense-layers last)" \
+  "$(sparse 'to the letter' 1 8 $cheetah --init linear --dense-layers none)" "$(sparse last 1 8 $cheetah)" \
   "$(sparse first,last 1 8 $cheetah --dense-layers first,last)"
 [[ ${1:-all} =~ all|intervals ]] && $ours "$measure" --rounds 3 --threads 2 --out "$results/mask_update_interval" \
   "$(sparse 'K 1000' 1 4 $cheetah --no-save-masks)" "$(sparse 'K 0' 1 4 $cheetah --mask-update-interval 0)" \
@@ -66,7 +66,7 @@ done
   $ours "$measure" --rounds 1 --threads 2 "$(sparse "1:4, two threads" 1 4 HalfCheetah-v4 6000)"
 done | grep x | tee "$results/at_once.txt"
 cheetah="HalfCheetah-v4 3000"
-[[ ${1:-all} == gpu ]] && $ours "$measure" --rounds 3 --threads 2 --first 1109 --out "$results/halfcheetah_gpu" \
+[[ ${1:-all} == gpu ]] && $ours "$measure" --rounds 2 --threads 2 --first 1109 --out "$results/halfcheetah_gpu" \
   "LeanRL, GPU=$LEANRL_PYTHON $measure --drive leanrl $cheetah" \
   "dense, GPU=$ours $here/td3_continuous.py $(task $cheetah) --eval-interval 0" \
   "2:4 masked, GPU=$ours $here/rnm_td3_continuous.py $(task $cheetah) --eval-interval 0" \
