@@ -73,7 +73,7 @@ def test_the_table(monkeypatch):
     (folder / "sad").mkdir()
     found = {"runs": 30, "within_groups_spearman": -0.4, "within_groups_interval": [-0.7, -0.1]}
     (folder / "sad/summary.json").write_text(json.dumps({"stability_and_return": {"Ant-v5": found, "Hopper-v5": {}}}))
-    kinds = {("1:8", "base"): [(10.0, 1), (12.0, 1)], ("1:8", "K10000"): [(20.0, 1), (24.0, 1)]}
+    kinds = {("1:8", "lr9"): [(10.0, 1), (12.0, 1)], ("1:8", "K10000"): [(20.0, 1), (24.0, 1)]}
     monkeypatch.setattr(claims, "INTERVALS", sweep_of({"Ant-v5": kinds}, folder="intervals"))
     rows = {(claim, how, where): rest for claim, how, where, *rest in claims.claims(folder)}
     key = "1:8: rarer mask updates help", "K = 10 000 to K = 1 000", "Ant-v5"

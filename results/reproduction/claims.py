@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path.cwd()))
 import sad_analysis as sad
 import sweep
 
-HERE, INTERVALS = Path("results/reproduction"), Path("results/recipe/intervals")
+HERE, INTERVALS = Path("results/reproduction"), Path("results/recipe")
 SPEED = Path(__file__).parents[1] / "speed/zen4"
 ENVS = ("HalfCheetah-v5", "Ant-v5", "Walker2d-v5", "Hopper-v5")
 VARIANTS = {"": "the recipe, 3e-4", ", letter": "to the letter", ", best": "best step sizes", ", wide": "wide"}
@@ -83,9 +83,10 @@ def claims(folder: Path) -> list[list[str]]:
     studied, more_missing = sweep.read_results(sweep.read_plan(INTERVALS))
     missing += more_missing
     for env, kind in studied:
-        pattern = kind.removesuffix(", K10000")
-        if pattern != kind and (env, pattern) in studied and sad.final(studied[env, pattern]).min() > 0:
-            samples = sad.final(studied[env, kind]), sad.final(studied[env, pattern])
+        pattern, _, variant = kind.partition(", ")
+        base = studied.get((env, f"{pattern}, lr9"))  # K = 1 000
+        if variant == "K10000" and base and sad.final(base).min() > 0:
+            samples = sad.final(studied[env, kind]), sad.final(base)
             add_more(f"{pattern}: rarer mask updates help", "K = 10 000 to K = 1 000", env, *samples)
     for name, where in (("halfcheetah_2_threads", "HalfCheetah-v4"), ("ant", "Ant-v4")):
         with open(SPEED / f"{name}.csv") as file:
