@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -132,11 +133,25 @@ def test_policies_are_of_median_seeds_and_play(monkeypatch):
     )
     assert len({action.item() for action in expected.values()}) == 10
     rnm.evaluate_model(rnm.Args(evaluate="policies/InvertedPendulum-v5__1_8.pt", eval_episodes=1))
+    shutil.rmtree("runs")
+    shutil.rmtree("policies")
+    policies.main(folder, Path("policies"))  # from the actors that were kept
+    assert len(list(Path("policies").iterdir())) == 2
+    evaluations = folder / "runs/InvertedPendulum-v5__1_8__2/evaluations.csv"
+    evaluations.write_text("\n".join(evaluations.read_text().splitlines()[:-1]))
+    shutil.rmtree("policies")
+    policies.main(folder, Path("policies"))  # one run has not ended
+    assert [path.name for path in Path("policies").iterdir()] == ["InvertedPendulum-v5__dense.pt"]
+
+
+def test_a_policy_that_is_too_large(monkeypatch):
+    agent = td3.TD3(4, np.full(1, -3, np.float32), np.full(1, 3, np.float32), td3.Args(), torch.device("cpu"))
+    td3.save_model(Path("model.pt"), agent, td3.Args())
     monkeypatch.setattr(policies, "LIMIT", 40_000)
     with pytest.raises(ValueError, match="more than 40000"):
-        policies.main(folder, Path("policies"))
+        policies.without_critics(Path("model.pt"))
 
 
 def test_an_even_number_of_seeds_has_no_median():
     with pytest.raises(ValueError, match="4 seeds, of which none is the median"):
-        policies.choose(sweep_of({"Ant-v5": {("1:8", "base"): [(1.0, 1)] * 4}}))
+        policies.main(sweep_of({"Ant-v5": {("1:8", "base"): [(1.0, 1)] * 4}}), Path("policies"))

@@ -25,25 +25,35 @@ def without_critics(path: Path) -> bytes:
     return content.getvalue()
 
 
-def choose(folder: Path) -> dict[str, sweep.Task]:
-    """By the policy's name, the run. Raises ValueError for an even number of seeds: none is the median."""
-    ended: dict[tuple[str, str], list[tuple[float, int, sweep.Task]]] = {}
+def groups(folder: Path) -> dict[str, list[sweep.Task]]:
+    """By the policy's name, its seeds."""
+    found: dict[str, list[sweep.Task]] = {}
     for task in sweep.read_plan(folder).values():
-        ended_at = sweep.last_evaluation(task.results)
-        if task.pattern in PATTERNS and task.variant == "base" and ended_at >= task.total_timesteps:
-            last = float(sad.read_run(task.results).returns[-1])
-            ended.setdefault((task.env_id, task.kind), []).append((last, task.seed, task))
-    for (env, kind), runs in ended.items():
-        if len(runs) % 2 == 0:
-            raise ValueError(f"{env} {kind}: {len(runs)} seeds, of which none is the median")
-    return {f"{env}__{kind}": sorted(runs)[len(runs) // 2][2] for (env, kind), runs in ended.items()}
+        if task.pattern in PATTERNS and task.variant == "base":
+            found.setdefault(f"{task.env_id}__{task.kind}", []).append(task)
+    return found
+
+
+def median(tasks: list[sweep.Task]) -> sweep.Task:
+    """By the last evaluation. Raises ValueError for an even number of seeds: none is the median."""
+    if len(tasks) % 2 == 0:
+        raise ValueError(f"{tasks[0].env_id} {tasks[0].kind}: {len(tasks)} seeds, of which none is the median")
+    last = lambda task: (float(sad.read_run(task.results).returns[-1]), task.seed)  # noqa: E731
+    return sorted(tasks, key=last)[len(tasks) // 2]
 
 
 def main(folder: Path, out: Path) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    for name, task in choose(folder).items():
-        (out / f"{name}.pt").write_bytes(without_critics(task.folder / "model.pt"))
-        print(f"{out / name}.pt: seed {task.seed}, {(out / f'{name}.pt').stat().st_size} bytes")
+    """Actors of ended runs to `folder/actors`, since run folders do not last; medians of whole groups to `out`."""
+    for path in (folder / "actors", out):
+        path.mkdir(parents=True, exist_ok=True)
+    for name, tasks in groups(folder).items():
+        for task in tasks:
+            if (model := task.folder / "model.pt").exists():
+                (folder / f"actors/{task.name}.pt").write_bytes(without_critics(model))
+        if all(sweep.last_evaluation(task.results) >= task.total_timesteps for task in tasks):
+            chosen = median(tasks)
+            (out / f"{name}.pt").write_bytes((folder / f"actors/{chosen.name}.pt").read_bytes())
+            print(f"{out / name}.pt: seed {chosen.seed}, {(out / f'{name}.pt').stat().st_size} bytes")
 
 
 if __name__ == "__main__":
