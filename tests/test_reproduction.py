@@ -5,11 +5,13 @@ import json
 import shutil
 from pathlib import Path
 
+import environments  # noqa: F401
 import numpy as np
 import pytest
 import torch
 
 import rnm_td3_continuous as rnm
+import sad_analysis as sad
 import td3_continuous as td3
 
 
@@ -20,7 +22,7 @@ def script(name):
     return module
 
 
-claims, policies = script("claims"), script("policies")
+claims, masks, policies = script("claims"), script("masks"), script("policies")
 
 
 @pytest.mark.parametrize(
@@ -51,7 +53,8 @@ def sweep_of(returns, steps=200, folder="study"):
             for seed, (value, seconds) in enumerate(runs, start=1):
                 kind = pattern.replace(":", "_") + (f"__{variant}" if variant != "base" else "")
                 name = f"{env}__{kind}__{seed}"
-                plan[name] = [env, pattern, seed, steps, [] if variant == "base" else ["--init", "linear"], variant]
+                flags = {"base": [], "best": ["--learning-rate", "9e-4"]}.get(variant, ["--init", "linear"])
+                plan[name] = [env, pattern, seed, steps, flags, variant]
                 run = Path(folder, "runs", name)
                 run.mkdir(parents=True)
                 config = {"env_id": env, "seed": seed, "total_timesteps": steps, "eval_interval": 10}
@@ -69,7 +72,11 @@ def test_the_table(monkeypatch):
     dense, sparse = [(100.0, 20), (110.0, 20), (90.0, 20)], [(114.0, 10), (115.0, 10), (113.0, 10)]
     kinds = {("dense", "base"): dense, ("2:4", "base"): sparse, ("1:8", "base"): [(value / 2, 5) for value, _ in dense]}
     folder = sweep_of(
-        {"Ant-v5": kinds | {("1:8", "letter"): [(10.0, 5)], ("1:8", "wide"): [(120.0, 9)]}, "HalfCheetah-v5": kinds}
+        {
+            "Ant-v5": kinds
+            | {("1:8", "letter"): [(10.0, 5)], ("1:8", "wide"): [(120.0, 9)], ("1:8", "best"): [(150.0, 9)]},
+            "HalfCheetah-v5": kinds,
+        }
     )
     (folder / "sad").mkdir()
     found = {"runs": 30, "within_groups_spearman": -0.4, "within_groups_interval": [-0.7, -0.1]}
@@ -82,6 +89,7 @@ def test_the_table(monkeypatch):
     speeds = [rows.pop(key) for key in list(rows) if key[1] == "two threads, CleanRL"]
     assert len(speeds) == 6 and [row[2] for row in speeds] == ["confirmed"] * 6
     assert rows["1:8 competes (at least 0.8)", "wide", "Ant-v5"][::2] == ["1.20", "undecided"]
+    assert rows["1:8 competes (at least 0.8)", "best step sizes", "Ant-v5"][0] == "1.50"
     recipe, both = "the recipe, 3e-4", "mean of 2 environments"
     ours, runs, verdict = rows["2:4 is 1.14 of dense", recipe, "Ant-v5"]
     assert ours.startswith("1.14 [1.0") and (runs, verdict) == ("3", "confirmed")
@@ -96,7 +104,7 @@ def test_the_table(monkeypatch):
     faster = rows["1:8 trains faster", "these runs, our dense twin", "HalfCheetah-v5"]
     assert faster[::2] == ["4.00 [4.00, 4.00]", "confirmed"]
     assert rows["stable SAD, better return", "rank correlation", "Ant-v5"] == ["-0.40 [-0.70, -0.10]", "30", "refuted"]
-    assert not [key for key in rows if key[0].startswith("1:4") or key[2] == "Hopper-v5" or key[1] == "best step sizes"]
+    assert not [key for key in rows if key[0].startswith("1:4") or key[2] == "Hopper-v5"]
     assert np.isfinite([float(row[0].split()[0]) for row in rows.values()]).all()
 
 
@@ -107,6 +115,41 @@ def test_no_ratio_to_what_is_not_positive_and_no_run_lost_without_a_word(capsys)
     rows = [row for row in claims.claims(folder) if row[1] != "two threads, CleanRL"]
     assert [row[0] for row in rows] == ["1:8 trains faster"]
     assert capsys.readouterr().err.startswith("left out: Ant-v5__1_8__2: ")
+
+
+def test_what_masks_say_outlives_the_run_folders(capsys):
+    """And is what the masks themselves say; a run whose masks are lost is named."""
+    folder = sweep_of({"Scripted-v0": {("2:4", "base"): [(1.0, 1)] * 3}}, steps=300)
+    small = {
+        "env_id": "Scripted-v0",
+        "total_timesteps": 300,
+        "learning_starts": 20,
+        "batch_size": 8,
+        "eval_interval": 10,
+    }
+    whole = []
+    for seed in (1, 2):
+        args = rnm.Args(**small, mask_update_interval=20, seed=seed, exp_name="study__2_4", hidden_sizes=(8, 8))
+        _, _, run = rnm.train(args)
+        for name in ("config.json", "evaluations.csv"):
+            shutil.copy(run / name, folder / f"runs/Scripted-v0__2_4__{seed}/{name}")
+        whole.append(sad.read_run(run))
+        sad.add_history(whole[-1], 10)
+    before = masks.main(folder)
+    shutil.rmtree("runs")
+    assert masks.main(folder) == before == json.loads((folder / "sad/summary.json").read_text())
+    assert "Scripted-v0__2_4__3 is left out: its run folder is gone" in capsys.readouterr().err
+    for seed, run in enumerate(whole, start=1):
+        found = before["runs"][f"Scripted-v0__2_4__{seed}"]
+        assert found["stability"] == run.stability and found["sad"] == run.sad["total"] and run.stability["spread"] > 0
+        kept = sad.read_run(folder / f"runs/Scripted-v0__2_4__{seed}")
+        masks.add_kept(kept, folder / f"sad/Scripted-v0__2_4__{seed}")
+        for i, name in enumerate(masks.NETWORKS):
+            layers = sad.members(run.history)[name]
+            np.testing.assert_array_equal(kept.history.sad[:, i], run.history.sad[:, layers].sum(1))
+            np.testing.assert_array_equal(kept.history.overlap[:, i], run.history.overlap[:, layers].sum(1))
+        assert kept.history.steps.tolist() == run.history.steps.tolist() and kept.history.sad.sum() > 0
+    assert before["stability_and_return"] == sad.correlate(whole, 1)
 
 
 def test_policies_are_of_median_seeds_and_play(monkeypatch):
