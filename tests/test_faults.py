@@ -138,8 +138,12 @@ def test_a_terminal_that_is_closed_costs_nothing():
     command = [sys.executable, ROOT / "rnm_td3_continuous.py", *map(str, flags_of(settings))]
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
     options = {"start_new_session": True, "env": variables, "stdin": terminal, "stdout": terminal, "stderr": terminal}
-    controlling = lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # noqa: E731
-    process = subprocess.Popen([*command, "--save-model"], **options, preexec_fn=controlling)
+
+    def in_the_terminal():
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored where the suite was started by nohup
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+    process = subprocess.Popen([*command, "--save-model"], **options, preexec_fn=in_the_terminal)
     os.close(terminal)
     wait_for(lambda: [path for path in Path("runs").glob("*/checkpoints/*.pt") if int(path.stem) > 40])
     os.close(leader)
