@@ -36,13 +36,8 @@ def add_kept(run: sad.Run, path: Path) -> None:
     steps, updates, *columns = np.loadtxt(path.with_suffix(".csv"), np.int64, delimiter=",", skiprows=1).T
     changed, overlap = np.array(columns).reshape(2, len(NETWORKS), -1).transpose(0, 2, 1)
     nothing = np.zeros((1, len(NETWORKS)), np.int64)
-    unused = {
-        "sad_first": np.broadcast_to(nothing, changed.shape),
-        "matrix": nothing,
-        "spells": nothing,
-        "kept": nothing,
-    }
-    unused |= dict.fromkeys(("ever", "always", "entered", "returned"), nothing)
+    unused = dict.fromkeys(("ever", "always", "entered", "returned", "spells", "kept", "matrix"), nothing)
+    unused["sad_first"] = np.zeros_like(changed)
     counts = np.array(about["entries"]), np.array(about["active"])
     run.history = sad.History(NETWORKS, *counts, steps, updates, changed, overlap=overlap, **unused)
     run.stability, run.sad, run.notes = about["stability"], {"total": about["sad"]}, about["notes"]
@@ -63,8 +58,10 @@ def main(folder: Path) -> dict:
             add_kept(runs[-1], path)
         else:
             print(f"{task.name} is left out: its run folder is gone, and its masks were not kept", file=sys.stderr)
-    groups = defaultdict(list)
-    for run in sorted(sad.separate(runs), key=lambda run: (run.group, run.config["seed"])):
+    if not runs:
+        sys.exit("no run has ended yet")
+    runs, groups = sad.separate(runs), defaultdict(list)
+    for run in sorted(runs, key=lambda run: (run.group, run.config["seed"])):
         groups[run.config["env_id"], sad.label(run.group)].append(run)
     correlations = sad.correlate(runs, 1)
     found = {run.name: {"notes": run.notes, "stability": run.stability, "sad": run.sad["total"]} for run in runs}
