@@ -35,7 +35,7 @@ LEAST_RUNS = 8  # for a correlation
 # what two runs may differ in and be seeds of the same: what does not change training, or is compared by itself
 ALIKE = {"seed", "exp_name", "track", "wandb_project_name", "wandb_entity", "capture_video", "save_model", "evaluate"}
 ALIKE |= {"resume", "checkpoint_interval", "eval_interval", "eval_episodes", "overlap", "profile", "cuda", "backend"}
-ALIKE |= {"obs_dim", "action_dim", "save_masks", "device", "cpu", "num_threads", "versions"}
+ALIKE |= {"save_masks", "device", "cpu", "num_threads", "versions"}
 ALIKE |= {"n", "m", "mask_update_interval"}
 RESAMPLES = 10_000  # of the bootstrap
 
@@ -95,32 +95,15 @@ def masks_of_archive(path: Path) -> Iterator[tuple]:
         yield step, update, np.frombuffer(zlib.decompress(data[start - size : start]), "<u4").cumsum()
 
 
-def masks_of_files(folder: Path) -> Iterator[tuple]:
-    """The same of `masks/{update}.npz`, one a projection: how versions up to 24cabbf wrote them."""
-    entries = None
-    for path in sorted(folder.glob("[0-9]" * 9 + ".npz")):
-        with np.load(path) as file:
-            if entries is None:
-                yield file["layers"].tolist(), file["shapes"].tolist()
-                entries = file["shapes"].prod(1)
-                ends = np.cumsum(-(-entries // 8))
-            bits = file["bits"]
-            if bits.shape != (ends[-1],):
-                raise ValueError("contents do not fit")
-            parts = zip(np.split(bits, ends[:-1]), entries, strict=True)
-            changed = np.concatenate([np.unpackbits(part, count=count) for part, count in parts])
-            yield int(file["step"]), int(file["update"]), changed.nonzero()[0]
-
-
 def read_masks(folder: Path, interval: int, notes: list[str]) -> tuple[list[str], np.ndarray, list[tuple]]:
     """Layers [L], shapes [L, 2], and step, update and changed entries (ascending, in all layers one after the other) of
     each projection; the first ones are all active entries.
 
     Ends where something is missing or damaged, and says so in `notes`.
     """
-    archive, layers, shapes, rows = folder / "masks.bin", [], [], []
+    layers, shapes, rows = [], [], []
     try:
-        source = masks_of_archive(archive) if archive.exists() else masks_of_files(folder / "masks")
+        source = masks_of_archive(folder / "masks.bin")
         layers, shapes = next(source)
         size = int(np.prod(shapes, axis=1).sum())
         for step, update, changed in source:
@@ -278,7 +261,7 @@ class Run:
     config: dict
     steps: np.ndarray  # of the evaluations
     returns: np.ndarray  # means of the evaluations
-    seconds: np.ndarray  # of training until each evaluation; NaN where an older version noted none
+    seconds: np.ndarray  # of training until each evaluation
     history: History | None = None
     sad: dict = field(default_factory=dict)  # of `summarise`
     stability: dict = field(default_factory=dict)  # of `stability`
@@ -363,8 +346,12 @@ def read_run(folder: Path) -> Run:
             whole = [row for row in csv.DictReader(file) if row["std"]]  # not a last line that was cut
         steps = np.array([int(row["step"]) for row in whole])
         returns = np.array([float(row["mean"]) for row in whole])
-        seconds = np.array([float(row.get("seconds") or "nan") for row in whole])
-        if (np.diff(steps, prepend=0) < 1).any() or not np.isfinite(returns).all() or (np.diff(seconds) < 0).any():
+        seconds = np.array([float(row["seconds"]) for row in whole])
+        if (
+            (np.diff(steps, prepend=0) < 1).any()
+            or (np.diff(seconds, prepend=0) < 0).any()
+            or not np.isfinite([returns, seconds]).all()
+        ):
             raise ValueError("its numbers cannot be")
         run.steps, run.returns, run.seconds = steps, returns, seconds
     except Exception as error:
@@ -380,7 +367,7 @@ def add_history(run: Run, matrix_size: int) -> None:
     config, interval = run.config, run.interval
     if interval is None:
         run.notes.append("dense: no masks")
-    elif not config.get("save_masks") or not any((run.folder / name).exists() for name in ("masks.bin", "masks")):
+    elif not config.get("save_masks") or not (run.folder / "masks.bin").exists():
         run.notes.append("no masks saved: leave out --no-save-masks")
     elif interval == 0:
         run.notes.append("its masks never change (--mask-update-interval 0)")

@@ -405,7 +405,7 @@ exec {shlex.join(words)} --task "$SLURM_ARRAY_TASK_ID" >> "$log" 2>&1
 
 # ---------------------------------------------------------------- report
 
-PLAN = pydantic.TypeAdapter(dict[str, tuple[str, str, int, int, list[str]] | tuple[str, str, int, int, list[str], str]])
+PLAN = pydantic.TypeAdapter(dict[str, tuple[str, str, int, int, list[str], str]])
 NEVER = 1e9  # hours
 
 
@@ -432,9 +432,6 @@ def read_results(plan: dict[str, Task]) -> tuple[dict[tuple[str, str], list[Run]
             weights(run.config), while_learning(run)  # raise where its numbers are damaged
             if not len(run.steps) or run.steps[-1] < goal:
                 raise ValueError(run.notes[0] if run.notes else f"at step {run.steps[-1]} of {goal}")
-            if np.isnan(run.seconds).any():  # up to 24cabbf
-                speed = json.loads((task.results / "speed.json").read_text())
-                run.seconds[-1] = float(speed["seconds"]) * int(run.steps[-1]) / int(speed["step"])
             results[task.env_id, task.title].append(run)
         except Exception as error:  # no damage to one run may cost the rest
             missing.append(f"{name}: {error if type(error) is ValueError else repr(error)}")
@@ -455,10 +452,6 @@ def dense_of(results: dict, plan: dict[str, Task]) -> dict[tuple[str, str], str]
         if alike:
             found[env, kind] = alike[0]
     return found
-
-
-def timed(runs: list[Run]) -> bool:
-    return not any(np.isnan(run.seconds).any() for run in runs)
 
 
 def while_learning(run: Run) -> tuple[np.ndarray, np.ndarray]:
@@ -498,9 +491,7 @@ def improvement(a: np.ndarray, b: np.ndarray, axis: int = -1) -> np.ndarray:
 
 def weights(config: dict) -> dict[str, float]:
     """Active weights of all six networks in per cent; parameters of the actor that are active, biases too, and bytes:
-    4 for each, and 1 for the place of an N:M weight in its group. Empty where an older version noted no sizes."""
-    if "obs_dim" not in config:
-        return {}
+    4 for each, and 1 for the place of an N:M weight in its group."""
     n, m, dense = config.get("n", 1), config.get("m", 1), config.get("dense_layers", "none")
     obs, action, networks = config["obs_dim"], config["action_dim"], []
     for inputs, outputs in ((obs, action), (obs + action, 1)):
@@ -515,7 +506,7 @@ def weights(config: dict) -> dict[str, float]:
     return {"active": share, "parameters": actor + biases, "bytes": 4 * (actor + biases) + indices}
 
 
-def figures(runs: list[Run], dense: list[Run] | None, best: list[Run] | None, clock: float | None) -> dict[str, tuple]:
+def figures(runs: list[Run], dense: list[Run] | None, best: list[Run] | None, clock: float) -> dict[str, tuple]:
     """Name to value and interval. dense: what to compare with; best: the best dense runs; clock: seconds."""
     found = {"seeds": (len(runs), None)} | {name: (value, None) for name, value in weights(runs[0].config).items()}
 
@@ -533,17 +524,16 @@ def figures(runs: list[Run], dense: list[Run] | None, best: list[Run] | None, cl
         add("better", improvement, values, final(others))
     found["steps_per_second"] = rates(runs).mean(), None
     found["hours"] = np.mean([run.seconds[-1] for run in runs]) / 3600, None
-    if clock and timed(runs):
-        if (early := return_at(runs, clock)) is not None:
-            add("early", mean, early)
-            theirs = return_at(others, clock) if others and timed(others) else None
-            if theirs is not None and theirs.min() > 0:
-                add("early_ratio", ratio, early, theirs)
-        enough = positive and min(len(while_learning(run)[1]) for run in (*runs, *dense)) >= LAST
-        for share in (50, 90, 100) if enough else ():
-            hours = hours_to(runs, share / 100 * final(dense).mean())
-            add(f"hours_to_{share}", np.median, hours)
-            found[f"reached_{share}"] = int((hours < NEVER).sum()), None
+    if (early := return_at(runs, clock)) is not None:
+        add("early", mean, early)
+        theirs = return_at(others, clock) if others else None
+        if theirs is not None and theirs.min() > 0:
+            add("early_ratio", ratio, early, theirs)
+    enough = positive and min(len(while_learning(run)[1]) for run in (*runs, *dense)) >= LAST
+    for share in (50, 90, 100) if enough else ():
+        hours = hours_to(runs, share / 100 * final(dense).mean())
+        add(f"hours_to_{share}", np.median, hours)
+        found[f"reached_{share}"] = int((hours < NEVER).sum()), None
     return found
 
 
@@ -564,12 +554,11 @@ def cell(found: dict[str, tuple], name: str, form: str) -> str:
 HEAD = f"""\
 Final return: mean of the last {LAST} evaluations of a run. Brackets and bars: 95 % bootstrap intervals over seeds; with
 two or three seeds they mean little, since they cannot reach beyond the runs that there are, and the interquartile mean
-of fewer than four is the mean. Steps/s and hours are means over runs, evaluations left out (of runs that noted no time
-with their evaluations: included). Return by a time: mean of the last {LAST} evaluations until the fastest kind of run
-ended. Hours to a share of the final return of dense: median of the times at which the mean of {LAST} evaluations first
-was there; `2 of 3`: so many seeds ever were, the others count as later than any. Both: of evaluations since learning
-began. Active weights: of all six networks, dense layers with them, biases not. Bytes of the actor: 4 for a weight or a
-bias, 1 more for the place of an N:M weight in its group.
+of fewer than four is the mean. Steps/s and hours are means over runs, evaluations left out. Return by a time: mean of
+the last {LAST} evaluations until the fastest kind of run ended. Hours to a share of the final return of dense: median
+of the times at which the mean of {LAST} evaluations first was there; `2 of 3`: so many seeds ever were, the others
+count as later than any. Both: of evaluations since learning began. Active weights: of all six networks, dense layers
+with them, biases not. Bytes of the actor: 4 for a weight or a bias, 1 more for the place of an N:M weight in its group.
 """
 FIRST = [("seeds", "seeds", ".0f"), ("mean", "mean +- std", ""), ("iqm", "interquartile mean", ".4g")]
 FIRST += [("ratio", "ratio to dense", ".2f"), ("ratio_to_best", "ratio to the best dense", ".2f")]
@@ -579,11 +568,11 @@ SECOND += [("bytes", "bytes", ".0f"), ("early", "return by {:.2f} h", ".4g"), ("
 SECOND += [(f"hours_to_{share}", f"hours to {share} %", ".2f") for share in (50, 90, 100)]
 
 
-def table(columns: list[tuple[str, str, str]], rows: dict[str, dict], clock: float | None) -> str:
+def table(columns: list[tuple[str, str, str]], rows: dict[str, dict], clock: float) -> str:
     """Of the columns for which there is anything."""
     there = [column for column in columns if any(column[0] in found for found in rows.values())]
     cells = [[kind, *[cell(found, name, form) for name, _, form in there]] for kind, found in rows.items()]
-    return sad.markdown(["", *[heading.format((clock or 0) / 3600) for _, heading, _ in there]], cells)
+    return sad.markdown(["", *[heading.format(clock / 3600) for _, heading, _ in there]], cells)
 
 
 def report(out: Path) -> str:
@@ -599,16 +588,14 @@ def report(out: Path) -> str:
     best = {env: max(kinds, key=lambda kind: final(results[env, kind]).mean()) for env, kinds in dense.items() if kinds}
     for env in envs:
         mine, found = {kind: runs for (e, kind), runs in results.items() if e == env}, {}
-        clock = min((np.mean([run.seconds[-1] for run in runs]) for runs in mine.values() if timed(runs)), default=None)
+        clock = min(np.mean([run.seconds[-1] for run in runs]) for runs in mine.values())
         for kind, runs in mine.items():
             others = references.get((env, kind)), best[env] if len(dense[env]) > 1 else None
             found[kind] = figures(runs, *[mine.get(other) for other in others], clock)
             for name, (value, bounds) in found[kind].items():
                 numbers = [number(name, x, ".6g") for x in (value, *(bounds or ()))]
                 rows.append([env, kind, name, *numbers, *["", ""][len(numbers) - 1 :]])
-        parts += [f"## {env}\n", table(FIRST, found, clock)]
-        if any(name in row for row in found.values() for name, *_ in SECOND[1:]):
-            parts.append(table(SECOND, found, clock))
+        parts += [f"## {env}\n", table(FIRST, found, clock), table(SECOND, found, clock)]
     by_best = {key: best[key[0]] for key in results if key[0] in best}
     words = {"dense": (references, "ratio")}
     words |= {"the best dense": (by_best, "ratio_to_best")} if by_best != references else {}
@@ -635,21 +622,18 @@ def report(out: Path) -> str:
 
 
 def plot_curves(results: dict, envs: list[str], path: Path) -> None:
-    """Over steps, and over hours where runs noted them."""
-    clocks = any(map(timed, results.values()))
-    figure, axes = sad.panels(2, len(envs), 6, 4.2, sharey="row") if clocks else sad.panels(len(envs), 1, 6, 4.2)
-    axes = axes if clocks else axes.T  # [steps, hours; environments]
+    """Over steps, and over hours."""
+    figure, axes = sad.panels(2, len(envs), 6, 4.2, sharey="row")
     for (env, kind), runs in results.items():
-        left, *right = axes[:, envs.index(env)]
+        left, right = axes[:, envs.index(env)]
         look, curves = sad.looks(results)[kind], [(run.steps / 1e3, run.returns) for run in runs]
         sad.draw_curves(left, curves, sad.mean_curve(curves), look, kind, len(runs))
-        if timed(runs):
-            curves = [(run.seconds / 3600, run.returns) for run in runs]
-            hours = np.linspace(max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves), 200)
-            average = hours, np.mean([np.interp(hours, x, y) for x, y in curves], axis=0)
-            sad.draw_curves(right[0], curves, average, look, kind, len(runs))
+        curves = [(run.seconds / 3600, run.returns) for run in runs]
+        hours = np.linspace(max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves), 200)
+        average = hours, np.mean([np.interp(hours, x, y) for x, y in curves], axis=0)
+        sad.draw_curves(right, curves, average, look, kind, len(runs))
     for env, row in zip(envs, axes.T, strict=True):
-        for axis, label in zip(row, ("environment steps (thousands)", "hours of training"), strict=False):
+        for axis, label in zip(row, ("environment steps (thousands)", "hours of training"), strict=True):
             sad.dress(axis, xlabel=label, ylabel="evaluation return (thick: mean)", title=env)
     sad.save(figure, path)
 

@@ -58,6 +58,7 @@ def sweep_of(returns, steps=200, folder="study"):
                 run = Path(folder, "runs", name)
                 run.mkdir(parents=True)
                 config = {"env_id": env, "seed": seed, "total_timesteps": steps, "eval_interval": 10}
+                config |= {"obs_dim": 3, "action_dim": 1, "hidden_sizes": [8]}
                 if pattern != "dense":
                     n, m = map(int, pattern.split(":"))
                     config |= {"n": n, "m": m, "mask_update_interval": 1000}

@@ -31,10 +31,10 @@ SMALL |= {"eval_episodes": 1, "hidden_sizes": (16, 16), "learning_rate": 3e-2, "
 NETWORKS = ["actor", "qf1", "qf2", "actor_target", "qf1_target", "qf2_target"]
 
 
-def write_history(folder, masks, interval, old=False):
-    """`masks`: bool [T, rows, columns] of each layer by name; as files of packed bits if `old`."""
-    (folder / "masks" if old else folder).mkdir(parents=True)
-    shapes, previous, before = [mask.shape[1:] for mask in masks.values()], np.uint8(0), 0
+def write_history(folder, masks, interval):
+    """`masks`: bool [T, rows, columns] of each layer by name."""
+    folder.mkdir(parents=True)
+    shapes, before = [mask.shape[1:] for mask in masks.values()], 0
     with open(folder / "masks.bin", "wb") as file:
         file.write(json.dumps({"layers": list(masks), "shapes": shapes}).encode() + b"\n")
         for t in range(len(next(iter(masks.values())))):
@@ -42,13 +42,7 @@ def write_history(folder, masks, interval, old=False):
             flat = np.concatenate([mask.ravel() for mask in now])
             data = zlib.compress(np.diff(np.flatnonzero(flat ^ before), prepend=0).astype("<u4"))
             file.write(struct.pack("<3Q", step, update, len(data)) + data)
-            bits = np.concatenate([np.packbits(mask) for mask in now])
-            if old:
-                contents = {"step": step, "update": update, "layers": list(masks), "shapes": shapes}
-                np.savez_compressed(folder / "masks" / f"{update:09d}.npz", **contents, bits=bits ^ previous)
-            previous, before = bits, flat
-    if old:
-        (folder / "masks.bin").unlink()
+            before = flat
 
 
 def random_masks(t, shape, changes, seed):
@@ -60,19 +54,18 @@ def random_masks(t, shape, changes, seed):
     return np.stack(masks)
 
 
-def analyse(masks, interval=10, matrix_size=5, old=False):
+def analyse(masks, interval=10, matrix_size=5):
     notes = []
-    write_history(Path("run"), masks, interval, old)
+    write_history(Path("run"), masks, interval)
     rows = sad.read_masks(Path("run"), interval, notes)
     assert not notes
     return sad.analyse_masks(*rows, matrix_size)
 
 
-@pytest.mark.parametrize("old", [False, True])
-def test_every_figure_matches_brute_force_on_unpacked_masks(old):
+def test_every_figure_matches_brute_force_on_unpacked_masks():
     shapes = {"actor.net.0": (5, 7), "qf1.net.2": (3, 3), "actor_target.net.0": (5, 7), "qf1_target.net.2": (3, 3)}
     masks = {name: random_masks(23, shape, 0.1, i) for i, (name, shape) in enumerate(shapes.items())}
-    history = analyse(masks, old=old)
+    history = analyse(masks)
     assert history.layers == list(shapes) and history.entries.tolist() == [35, 9, 35, 9]
     assert history.steps.tolist() == [100 + 10 * t for t in range(23)] and history.updates[-1] == 220
     assert history.kept.tolist() == [0, 6, 11, 16, 22]
@@ -216,7 +209,6 @@ def test_runs_that_differ_in_other_flags_are_no_seeds_of_one_another(capsys):
     runs = [run_of("A", 10, seed, 5) for seed in (1, 2, 3, 1)]
     runs[1].config["tau"], runs[2].config["tau"] = 0.1, 0.2
     runs[0].config["checkpoint_interval"] = 7
-    runs[1].config["obs_dim"] = 17  # which older versions did not note
     runs[3].folder = Path("newer")
     kept = sad.separate(runs)
     assert [run.group[3] for run in kept] == [", tau None", ", tau 0.1", ", tau 0.2"] and kept[0] is runs[3]
@@ -377,7 +369,7 @@ def test_of_two_runs_with_a_seed_the_newer_counts_and_dense_ones_are_as_long(rea
             config |= {"n": 2, "m": 4, "mask_update_interval": 0} if pattern != "dense" else {}
             (folder := Path("runs", env + pattern)).mkdir()
             (folder / "config.json").write_text(json.dumps(config))
-            (folder / "evaluations.csv").write_text(f"step,mean,std\n{length},7,0\n")
+            (folder / "evaluations.csv").write_text(f"step,mean,std,seconds\n{length},7,0,1\n")
     summary = sad.analyse(sad.Args(("runs",), out="out"))
     assert "zebra__1__1600000000 is left out: it has the seed of " in capsys.readouterr().err
     assert "Scripted-v0__apple__1__1900000000" in summary["runs"] and len(summary["runs"]) == 5
@@ -442,13 +434,15 @@ def damage(folder, kind):
     elif kind == "no evaluations":
         evaluations.unlink()
     elif kind.startswith("evaluations: "):
-        evaluations.write_bytes({
-            "empty": b"", "words": b"step,mean,std\nmuch,more,most\n", "NaN": b"step,mean,std\n300,nan,1\n",
-            "infinite": b"step,mean,std\n300,inf,1\n", "other columns": b"a,b\n1,2\n", "bytes": bytes(range(256)),
-            "backwards": b"step,mean,std\n200,1,1\n100,1,1\n", "null bytes": b"step,mean,std\n\0\0\0", "JSON": b"null",
-            "time runs back": b"step,mean,std,seconds\n200,1,1,9\n300,1,1,8\n",
-            "huge": b"step,mean,std\n" + b"9" * 5000 + b",1,1\n",
-        }[kind.removeprefix("evaluations: ")])  # fmt: skip
+        rows = {
+            "words": b"much,more,most,7\n", "NaN": b"300,nan,1,7\n", "infinite": b"300,inf,1,7\n",
+            "backwards": b"200,1,1,7\n100,1,1,8\n", "time runs back": b"200,1,1,9\n300,1,1,8\n",
+            "huge": b"9" * 5000 + b",1,1,7\n", "time is infinite": b"300,1,1,inf\n", "no time": b"300,1,1,\n",
+            "null bytes": b"\0\0\0",
+        }  # fmt: skip
+        whole = {"empty": b"", "other columns": b"a,b\n1,2\n", "bytes": bytes(range(256)), "JSON": b"null"}
+        whole |= {what: b"step,mean,std,seconds\n" + row for what, row in rows.items()}
+        evaluations.write_bytes(whole[kind.removeprefix("evaluations: ")])
     elif kind.startswith("config: "):
         config = json.loads((folder / "config.json").read_text())
         text = {
@@ -479,6 +473,8 @@ WHOLE = {  # the run is used as far as it goes
     "no evaluations": "evaluations.csv cannot be read",
 }
 BROKEN = [
+    "no time",
+    "time is infinite",
     "empty",
     "words",
     "NaN",
@@ -518,18 +514,6 @@ def test_broken_runs_are_named_and_used_as_far_as_they_go(real_runs, kind, capsy
     if "of update 80" in WHOLE[kind]:
         assert run["projections"] == 3 and run["stability"] == {"spread": None, "slope": None}
     assert (run["final_return"] is None) == ("evaluation" in kind or kind == "cut off")
-
-
-def test_masks_of_older_versions_are_named_in_the_same_way():
-    notes, masks = [], {"actor.net.0": random_masks(9, (5, 7), 0.1, 0)}
-    write_history(Path("run"), masks, 20, old=True)
-    files = sorted(Path("run/masks").iterdir())
-    shutil.copy(files[4], files[4].with_name("000000080 (copy).npz"))
-    Path("run/masks/incomplete").write_bytes(b"half")
-    assert len(sad.read_masks(Path("run"), 20, notes)[2]) == 9 and not notes
-    for what in (lambda: files[4].write_bytes(files[4].read_bytes()[:50]), files[4].unlink):
-        what()
-        assert len(sad.read_masks(Path("run"), 20, notes)[2]) == 4 and "of update 80 cannot be read" in notes.pop()
 
 
 def main(monkeypatch, capsys, *arguments):
@@ -586,7 +570,7 @@ def test_a_thousand_projections_in_500_mb():
     write_history(folder.parent, {name: np.stack(many) for name, many in history.items()}, 1000)
     config = {"env_id": "HalfCheetah-v4", "seed": 1, "total_timesteps": 10**6, "n": 2, "m": 4, "save_masks": True}
     (folder.parent / "config.json").write_text(json.dumps({**config, "mask_update_interval": 1000}))
-    (folder.parent / "evaluations.csv").write_text("step,mean,std\n1000000,5000.0,1.0\n")
+    (folder.parent / "evaluations.csv").write_text("step,mean,std,seconds\n1000000,5000.0,1.0,7\n")
     started = time.time()
     code = "import sad_analysis; assert sad_analysis.main() == 0; print(open('/proc/self/status').read())"
     variables = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parent)}

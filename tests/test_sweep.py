@@ -357,6 +357,7 @@ def test_two_sweeps_into_one_folder_are_refused(monkeypatch, capsys):
 
 def made_up(out, values, seconds=None, **more):
     """Results as they are copied. values: (env, pattern) to final returns by seed; seconds: each run's, by pattern."""
+    more = {"obs_dim": 3, "action_dim": 1, "hidden_sizes": [8], **more}
     plan = {}
     for (env, pattern), returns in values.items():
         pattern, _, variant = pattern.partition(", ")
@@ -366,18 +367,16 @@ def made_up(out, values, seconds=None, **more):
                 config |= dict(zip("nm", map(int, pattern.split(":")), strict=True)) | {"mask_update_interval": 10}
             flags = ["--tau", variant] if variant else []
             task = sweep.Task(env, pattern, seed, 100, flags, variant or "base", out=Path(out))
-            plan[task.name] = [env, pattern, seed, 100, flags, *[variant] * bool(variant)]
+            plan[task.name] = [env, pattern, seed, 100, flags, variant or "base"]
             if value is None:
                 continue
             task.results.mkdir(parents=True)
             (task.results / "config.json").write_text(json.dumps(config))
             whole = value if np.ndim(value) else [value] * 20
             with open(task.results / "evaluations.csv", "w") as file:
-                writer, columns = csv.writer(file), ["step", "mean", "std", *["seconds"] * bool(seconds)]
-                times = [[seconds[pattern] * i / 20] if seconds else [] for i in range(1, 21)]
-                writer.writerows([columns, *[(5 * i + 5, whole[i], 0, *times[i]) for i in range(20)]])
-            if not seconds:
-                (task.results / "speed.json").write_text(json.dumps({"step": 100, "seconds": 50}))
+                times = np.linspace(0.05, 1, 20) * (seconds[pattern] if seconds else 50)
+                rows = [(5 * i + 5, whole[i], 0, times[i]) for i in range(20)]
+                csv.writer(file).writerows([["step", "mean", "std", "seconds"], *rows])
     Path(out).mkdir(exist_ok=True)
     Path(out, "sweep.json").write_text(json.dumps(plan))
 
@@ -516,17 +515,9 @@ def test_weights_are_those_of_the_networks(changes):
 
 DAMAGES = {"config.json": [b"", b"null", b"[]", b"{", b'"a"', b"\xff\xfe", b'{"env_id": 3}', b"7", b"{}"]}
 DAMAGES["config.json"] += [b'{"env_id": "A", "seed": 0, "total_timesteps": 100, "obs_dim": 3}']
-DAMAGES["evaluations.csv"] = [b"", b"null", b"a,b\n1,2\n", b"step,mean,std\n", b"step,mean,std\n5,1,1\n", b"\xff\xfe\0"]
-DAMAGES["evaluations.csv"] += [b"step,mean,std\n100,nan,1\n", b"step,mean,std\n100,1,", b"step,mean,std\nx,y,z\n"]
-DAMAGES["speed.json"] = [
-    b"",
-    b"null",
-    b"[]",
-    b"{}",
-    b'{"step": 0, "seconds": 1}',
-    b'{"step": "a", "seconds": "b"}',
-    None,
-]
+DAMAGES["evaluations.csv"] = [b"", b"null", b"a,b\n1,2\n", b"\xff\xfe\0", b"step,mean,std\n100,1,1\n", None]
+ROWS = [b"", b"5,1,1,1\n", b"100,nan,1,1\n", b"100,1,", b"x,y,z,1\n", b"100,1,1,\n", b"100,1,1,nan\n"]
+DAMAGES["evaluations.csv"] += [b"step,mean,std,seconds\n" + row for row in ROWS]
 
 
 @pytest.mark.parametrize("name, content", [(name, content) for name, many in DAMAGES.items() for content in many])
