@@ -92,6 +92,7 @@ class Args:
 
     n: int = 2  # N: active weights in each group of M
     m: int = 4  # M: consecutive inputs of a neuron that form a group
+    critic_m: int = 0  # M of the critics, where it is not that of the actor (0 = it is)
     mask_update_interval: int = 1000  # K: critic updates between projections of all networks (0 = masks never change)
     target_mask: Literal["own", "online"] = "own"  # targets' masks: projection of their own weights, or online's masks
     dense_layers: Literal["none", "first", "last", "first,last"] = "last"  # layers of every network that stay dense
@@ -308,7 +309,8 @@ class TD3:
         self.qf1 = QNetwork(obs_dim, len(action_low), args.hidden_sizes).to(device)
         self.qf2 = QNetwork(obs_dim, len(action_low), args.hidden_sizes).to(device)
         for network in (self.actor, self.qf1, self.qf2):
-            sparsify(network, args.n, args.m, args.dense_layers, init=args.init, **layer_options(args, device))
+            m = args.m if network is self.actor else args.critic_m or args.m
+            sparsify(network, args.n, m, args.dense_layers, init=args.init, **layer_options(args, device))
         self.actor_target = copy.deepcopy(self.actor).requires_grad_(False)
         self.qf1_target = copy.deepcopy(self.qf1).requires_grad_(False)
         self.qf2_target = copy.deepcopy(self.qf2).requires_grad_(False)
@@ -707,7 +709,7 @@ def choose_backend(backend: str, n: int, m: int, device: torch.device, sizes: tu
 
 def layer_options(args: Args, device: torch.device) -> dict:
     """How `sparsify` makes the layers that the flags ask for. Raises UsageError."""
-    backend = choose_backend(args.backend, args.n, args.m, device)
+    backend = choose_backend(args.backend, args.n, min(args.m, args.critic_m or args.m), device)
     dtype = {"product_dtype": getattr(torch, args.semi_structured_dtype)} if backend == "semi_structured" else {}
     return {"backend": backend, **dtype}
 
@@ -730,7 +732,7 @@ def try_products(args: Args, obs_dim: int, action_dim: int, device: torch.device
 
 def choose_agent(args: Args, obs_dim: int, action_dim: int, device: torch.device) -> type[TD3]:
     """TD3, or NativeTD3 where it can be had. Settles `args.backend`. Raises UsageError."""
-    options = args.n, args.m, device, (obs_dim + action_dim, *args.hidden_sizes)
+    options = args.n, min(args.m, args.critic_m or args.m), device, (obs_dim + action_dim, *args.hidden_sizes)
     try:
         args.backend = choose_backend(args.backend, *options)
         if args.backend == "semi_structured":
@@ -795,8 +797,8 @@ def check_args(args: Args) -> None:
     limits |= dict.fromkeys(["policy_noise", "exploration_noise", "noise_clip", "learning_rate"], (0, math.inf))
     limits |= dict.fromkeys(["eval_interval", "checkpoint_interval"], (0, math.inf))
     limits |= {"gamma": (0, 1), "tau": (0, 1), "seed": (0, 2**31), "batch_size": (1, args.buffer_size)}
-    limits |= {"learning_starts": (0, args.total_timesteps)}
-    limits |= {"m": (1, math.inf), "n": (1, args.m), "mask_update_interval": (0, math.inf)}
+    limits |= {"learning_starts": (0, args.total_timesteps), "mask_update_interval": (0, math.inf)}
+    limits |= {"m": (1, math.inf), "n": (1, args.m), "critic_m": (args.n * bool(args.critic_m), math.inf)}
     reasons = {"batch_size": " (--buffer-size)", "learning_starts": " (--total-timesteps)", "n": " (--m)"}
     for name, (low, high) in limits.items():
         value, flag = getattr(args, name), f"--{name.replace('_', '-')}"
@@ -806,6 +808,8 @@ def check_args(args: Args) -> None:
         raise UsageError(f"--hidden-sizes is {args.hidden_sizes}; give one or more sizes of at least 1")
     if args.dense_layers == "first,last" and len(args.hidden_sizes) == 1:
         raise UsageError("--dense-layers first,last leaves nothing sparse; give --hidden-sizes a second layer")
+    if args.backend == "semi_structured" and args.critic_m not in (0, args.m):
+        raise UsageError("--backend semi_structured is for 2:4 or 1:2 in all networks; drop --critic-m, or try auto")
     if args.overlap and args.capture_video:
         raise UsageError("--overlap steps the environment in a thread, where it cannot be filmed; drop --capture-video")
     if args.resume and args.evaluate:

@@ -492,9 +492,9 @@ def improvement(a: np.ndarray, b: np.ndarray, axis: int = -1) -> np.ndarray:
 def weights(config: dict) -> dict[str, float]:
     """Active weights of all six networks in per cent; parameters of the actor that are active, biases too, and bytes:
     4 for each, and 1 for the place of an N:M weight in its group."""
-    n, m, dense = config.get("n", 1), config.get("m", 1), config.get("dense_layers", "none")
+    n, actor_m, dense = config.get("n", 1), config.get("m", 1), config.get("dense_layers", "none")
     obs, action, networks = config["obs_dim"], config["action_dim"], []
-    for inputs, outputs in ((obs, action), (obs + action, 1)):
+    for inputs, outputs, m in ((obs, action, actor_m), (obs + action, 1, config.get("critic_m") or actor_m)):
         sizes = np.array([*pairwise([inputs, *config["hidden_sizes"], outputs])])
         active = sizes[:, 1] * (sizes[:, 0] // m * n + np.minimum(n, sizes[:, 0] % m))
         thin = [0] * ("first" in dense) + [-1] * ("last" in dense)

@@ -103,6 +103,7 @@ CASES = {
     "masked": {"backend": "masked", "mask_update_interval": 7},
     "native": {"backend": "native", "mask_update_interval": 3, "n": 1},
     "native, online masks": {"backend": "native", "mask_update_interval": 3, "target_mask": "online"},
+    "denser critics": {"mask_update_interval": 3, "n": 1, "m": 8, "critic_m": 4},
     "dense layers": {"dense_layers": "first", "mask_update_interval": 4, "n": 1},
     "overlap": {"overlap": True},
     "rare actor updates": {"policy_frequency": 23},

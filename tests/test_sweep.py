@@ -495,7 +495,8 @@ def test_a_run_whose_process_still_writes_its_checkpoint_is_waited_for(monkeypat
 
 
 @pytest.mark.parametrize(
-    "changes", [{"n": 2}, {"n": 4}, {"n": 1, "m": 8, "dense_layers": "last"}, {"dense_layers": "first,last"}, {}]
+    "changes",
+    [{"n": 2}, {"n": 4}, {"n": 1, "m": 8, "dense_layers": "last"}, {"critic_m": 3}, {"dense_layers": "first,last"}, {}],
 )
 def test_weights_are_those_of_the_networks(changes):
     args = rnm.Args(n=changes.get("n", 1), m=4, hidden_sizes=(10, 21))

@@ -83,8 +83,9 @@ class Net:
 class Reference:
     def __init__(self, agent, args):
         self.args = args
-        make = lambda network: Net(network.net, args.n, args.m, args.dense_layers)  # noqa: E731
-        self.actor, self.qf1, self.qf2 = make(agent.actor), make(agent.qf1), make(agent.qf2)
+        make = lambda network, m: Net(network.net, args.n, m, args.dense_layers)  # noqa: E731
+        m = args.critic_m or args.m
+        self.actor, self.qf1, self.qf2 = make(agent.actor, args.m), make(agent.qf1, m), make(agent.qf2, m)
         self.actor_target, self.qf1_target, self.qf2_target = self.actor.copy(), self.qf1.copy(), self.qf2.copy()
 
     def policy(self, net, obs):
@@ -146,9 +147,12 @@ def float64():
 
 @pytest.mark.parametrize("dense_layers", ["none", "last", "first,last"])
 @pytest.mark.parametrize("target_mask", ["own", "online"])
-@pytest.mark.parametrize("n, m, init", [(2, 4, "linear"), (1, 4, "variance"), (3, 5, "variance")])
-def test_update_equals_reference(float64, n, m, init, target_mask, dense_layers):
-    agent, args = make_agent(n=n, m=m, init=init, target_mask=target_mask, dense_layers=dense_layers)
+@pytest.mark.parametrize(
+    "n, m, init, critic_m", [(2, 4, "linear", 0), (1, 4, "variance", 0), (3, 5, "variance", 0), (1, 8, "variance", 3)]
+)
+def test_update_equals_reference(float64, n, m, init, critic_m, target_mask, dense_layers):
+    options = {"target_mask": target_mask, "dense_layers": dense_layers, "critic_m": critic_m}
+    agent, args = make_agent(n=n, m=m, init=init, **options)
     reference, rng, total_sad = Reference(agent, args), np.random.default_rng(1), 0
     for count in range(1, 21):
         batch = random_batch(rng)

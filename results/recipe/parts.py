@@ -30,10 +30,11 @@ WIDE = {  # kind: what it is
     "1:8, w512": "1:8, 512",
     "1:16, w1024": "1:16, 1024",
     "1:8, critics14": "1:8, 256, critics 1:4",
+    "1:4, critics12": "1:4, 256, critics 1:2",
 }
 INTERVALS = {"K100": "100", "lr9": "1 000", "K10000": "10 000", "K0": "never"}
 # active weights in per cent where they come from flags that the scripts do not have
-PATCHED = {("HalfCheetah-v5", "first12"): 16.3, ("Ant-v5", "first12"): 24.6, ("HalfCheetah-v5", "critics14"): 21.8}
+PATCHED = {("HalfCheetah-v5", "first12"): 16.3, ("Ant-v5", "first12"): 24.6}
 
 
 def parts(results: dict) -> str:
