@@ -40,6 +40,11 @@ fi
 [[ ${1:-all} =~ all|layers ]] && $ours "$measure" --rounds 5 --threads 2 --out "$results/dense_layers" \
   "$(sparse 'to the letter' 1 8 $cheetah --init linear --dense-layers none)" "$(sparse last 1 8 $cheetah)" \
   "$(sparse first,last 1 8 $cheetah --dense-layers first,last)"
+[[ ${1:-all} =~ all|wide ]] && $ours "$measure" --rounds 3 --threads 2 --out "$results/wide" \
+  "$(dense dense $cheetah)" "$(sparse 1:4 1 4 $cheetah)" "$(sparse '1:4, critics 1:2' 1 4 $cheetah --critic-m 2)" \
+  "$(sparse 1:8 1 8 $cheetah)" "$(sparse '1:8, critics 1:4' 1 8 $cheetah --critic-m 4)" \
+  "$(sparse '1:4, 512' 1 4 $cheetah --hidden-sizes 512 512)" "$(sparse '1:8, 512' 1 8 $cheetah --hidden-sizes 512 512)" \
+  "$(sparse '1:16, 1024' 1 16 $cheetah --hidden-sizes 1024 1024)"
 [[ ${1:-all} =~ all|intervals ]] && $ours "$measure" --rounds 3 --threads 2 --out "$results/mask_update_interval" \
   "$(sparse 'K 1000' 1 4 $cheetah --no-save-masks)" "$(sparse 'K 0' 1 4 $cheetah --mask-update-interval 0)" \
   "$(sparse 'K 1' 1 4 $cheetah --mask-update-interval 1 --no-save-masks)" \
