@@ -347,11 +347,8 @@ def read_run(folder: Path) -> Run:
         steps = np.array([int(row["step"]) for row in whole])
         returns = np.array([float(row["mean"]) for row in whole])
         seconds = np.array([float(row["seconds"]) for row in whole])
-        if (
-            (np.diff(steps, prepend=0) < 1).any()
-            or (np.diff(seconds, prepend=0) < 0).any()
-            or not np.isfinite([returns, seconds]).all()
-        ):
+        increases = np.diff([steps, seconds], prepend=0)
+        if (increases < [[1], [0]]).any() or not np.isfinite([returns, seconds]).all():
             raise ValueError("its numbers cannot be")
         run.steps, run.returns, run.seconds = steps, returns, seconds
     except Exception as error:

@@ -33,20 +33,31 @@ WIDE = {  # kind: what it is
     "1:4, critics12": "1:4, 256, critics 1:2",
 }
 INTERVALS = {"K100": "100", "lr9": "1 000", "K10000": "10 000", "K0": "never"}
-# active weights in per cent where they come from flags that the scripts do not have
-PATCHED = {("HalfCheetah-v5", "first12"): 16.3, ("Ant-v5", "first12"): 24.6}
+PATCHED = {"HalfCheetah-v5": 16.3, "Ant-v5": 24.6}  # active weights of `first12` in per cent: no flag of the scripts
+
+
+def by_pattern(results: dict, patterns: tuple[str, ...], variants: dict[str, str], base: str) -> tuple[list, list]:
+    """Header and rows: ratios to `base` for each environment and pattern, and their means."""
+    header, rows = [f"{m}, {where}" for m in patterns for where in (*ENVS, "mean")], []
+    for variant, what in variants.items():
+        keys = [[(env, f"{m}, {variant}") for env in ENVS] for m in patterns]
+        groups = [group for both in keys for group in (both[:1], both[1:], both)]
+        rows.append(
+            [what, *[ratio(results, group, base) for group in (*groups, [key for both in keys for key in both])]]
+        )
+    return ["", *header, "mean of all"], rows
 
 
 def parts(results: dict) -> str:
-    """Ratios to the best dense runs of each environment, and their means; active weights of 1:8."""
-    header = ["", *[f"{m}, {where}" for m in ("1:8", "1:4") for where in (*ENVS, "mean")], "mean of all", "active, %"]
-    rows = []
-    for variant, what in PARTS.items():
-        eighth, fourth = ([(env, f"{pattern}, {variant}") for env in ENVS] for pattern in ("1:8", "1:4"))
-        groups = [*[[key] for key in eighth], eighth, *[[key] for key in fourth], fourth, eighth + fourth]
-        active = [f"{weights(results, key) / dense_weights(results, key[0]):.1%}" for key in eighth]
-        rows.append([what, *[ratio(results, keys) for keys in groups], ", ".join(active)])
-    return sad.markdown(header, rows)
+    """Ratios to the best dense runs of each environment, and active weights of 1:8 in per cent."""
+    header, rows = by_pattern(results, ("1:8", "1:4"), PARTS, "dense")
+    for variant, row in zip(PARTS, rows, strict=True):
+        row.append(
+            ", ".join(
+                f"{weights(results[env, f'1:8, {variant}']) / weights(results[env, 'dense']):.1%}" for env in ENVS
+            )
+        )
+    return sad.markdown([*header, "active"], rows)
 
 
 def wide(results: dict) -> str:
@@ -56,10 +67,10 @@ def wide(results: dict) -> str:
     for env in ENVS:
         rows = []
         for kind in WIDE:
-            if runs := best_of(results, env, kind) if kind == "dense" else results.get((env, kind)):
-                count, early = weights(results, (env, kind)), sweep.return_at(runs, clocks[env]).mean()
+            if runs := results.get((env, kind)):
+                count, early = weights(runs), sweep.return_at(runs, clocks[env]).mean()
                 cells = ratio(results, [(env, kind)]), f"{early:.0f}", f"{sweep.rates(runs).mean():.0f}"
-                cells += f"{count / dense_weights(results, env):.1%}", f"{1000 * sad.final(runs).mean() / count:.0f}"
+                cells += f"{count / weights(results[env, 'dense']):.1%}", f"{1000 * sad.final(runs).mean() / count:.0f}"
                 rows.append([f"{WIDE[kind]} ({len(runs)})", *cells])
         tables.append(sad.markdown([env, *header], rows))
     return "\n".join(tables)
@@ -67,20 +78,15 @@ def wide(results: dict) -> str:
 
 def intervals(results: dict) -> str:
     """Ratios to the interval of 1 000 critic updates, which is the default."""
-    header, rows = ["K", *[f"{m}, {where}" for m in ("1:4", "1:8") for where in (*ENVS, "mean")], "mean of all"], []
-    for variant, what in INTERVALS.items():
-        fourth, eighth = ([(env, f"{pattern}, {variant}") for env in ENVS] for pattern in ("1:4", "1:8"))
-        groups = [*[[key] for key in fourth], fourth, *[[key] for key in eighth], eighth, fourth + eighth]
-        rows.append([what, *[ratio(results, keys, "lr9") for keys in groups]])
-    return sad.markdown(header, rows)
+    return sad.markdown(*by_pattern(results, ("1:4", "1:8"), INTERVALS, "lr9"))
 
 
 def ratio(results: dict, keys: list[tuple[str, str]], base: str = "dense") -> str:
-    """Mean of the ratios to the best dense runs, or to a variant of the same; empty as long as one has no runs."""
-    runs = [best_of(results, env, "dense") if kind == "dense" else results.get((env, kind)) for env, kind in keys]
-    if not all(runs):
+    """Mean of the ratios to the dense runs, or to a variant of the same pattern; empty as long as one has no runs."""
+    if any(key not in results for key in keys):
         return ""
-    others = [best_of(results, e, base) if base == "dense" else results[e, f"{k[:3]}, {base}"] for e, k in keys]
+    bases = [(env, base if base == "dense" else f"{kind.partition(', ')[0]}, {base}") for env, kind in keys]
+    runs, others = ([results[key] for key in group] for group in (keys, bases))
     if runs == others:
         return "1"
     found = sad.estimate([sad.final(each) for each in runs], 1, [sad.final(each) for each in others])
@@ -96,29 +102,24 @@ def seconds(runs: list[sad.Run]) -> float:
     return np.mean([run.seconds[-1] for run in runs])
 
 
-def weights(results: dict, key: tuple[str, str]) -> float:
+def weights(runs: list[sad.Run]) -> float:
     """Active weights of one actor and two critics."""
-    if key[1] == "dense":
-        return dense_weights(results, key[0])
-    config = results[key][0].config
+    config = runs[0].config
     sizes, obs, action = config["hidden_sizes"], config["obs_dim"], config["action_dim"]
     actor, critic = pairwise([obs, *sizes, action]), pairwise([obs + action, *sizes, 1])
-    share = PATCHED.get((key[0], key[1].partition(", ")[2]), sweep.weights(config)["active"])
+    share = PATCHED[config["env_id"]] if config.get("first_layer") else sweep.weights(config)["active"]
     return share / 100 * sum(x * y for x, y in (*actor, *2 * [*critic]))
-
-
-def dense_weights(results: dict, env: str) -> float:
-    return weights(results, (env, "dense, lr3"))
 
 
 if __name__ == "__main__":
     results, _ = sweep.read_results(sweep.read_plan(HERE))
     dense = {(env, "dense"): best_of(results, env, "dense") for env in ENVS}
+    results |= dense
     chosen = {
         "step_size": {key: runs for key, runs in results.items() if key[1].endswith(("lr3", "lr6", "lr9"))},
         "parts": dense | {(env, f"1:8 {name}"): results[env, f"1:8, {name}"] for name in PARTS for env in ENVS},
         "best": {(env, m): best_of(results, env, m) for m in ("dense", "2:4", "1:4", "1:8") for env in ENVS},
-        "wide": dense | {(env, WIDE[kind]): results[env, kind] for env, kind in results if kind in WIDE},
+        "wide": dense | {(e, WIDE[kind]): runs for (e, kind), runs in results.items() if kind in [*WIDE][1:]},
     }
     for name, runs in chosen.items():
         sweep.plot_curves(runs, list(ENVS), HERE / f"{name}.png")
