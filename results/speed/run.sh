@@ -63,12 +63,15 @@ done
   $ours "$measure" --rounds 3 --threads 2 --first 1009 --out "$results/batch_$batch" \
     "$(dense dense HalfCheetah-v4 2000 --batch-size $batch)" "$(sparse 1:8 1 8 HalfCheetah-v4 2000 --batch-size $batch)"
 done
-[[ ${1:-all} =~ all|at_once ]] && for round in 1 2 3; do  # two runs of one thread each, then one of two threads
-  for run in 1 2; do
-    $ours "$measure" --rounds 1 --threads 1 "$(sparse "1:4, run $run of 2 at once" 1 4 HalfCheetah-v4 6000)" &
+[[ ${1:-all} =~ all|at_once ]] && for round in 1 2 3; do  # two runs of one thread each, two of two, then one of two
+  for threads in 1 2; do
+    for run in 1 2; do
+      name="1:4, run $run of 2 at once, $threads per run"
+      $ours "$measure" --rounds 1 --threads $threads "$(sparse "$name" 1 4 HalfCheetah-v4 4500)" &
+    done
+    wait
   done
-  wait
-  $ours "$measure" --rounds 1 --threads 2 "$(sparse "1:4, two threads" 1 4 HalfCheetah-v4 6000)"
+  $ours "$measure" --rounds 1 --threads 2 "$(sparse "1:4, two threads" 1 4 HalfCheetah-v4 4500)"
 done | grep x | tee "$results/at_once.txt"
 cheetah="HalfCheetah-v4 3000"
 [[ ${1:-all} == gpu ]] && $ours "$measure" --rounds 2 --threads 2 --first 1109 --out "$results/halfcheetah_gpu" \
