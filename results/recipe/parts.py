@@ -82,14 +82,20 @@ def intervals(results: dict) -> str:
 
 
 def ratio(results: dict, keys: list[tuple[str, str]], base: str = "dense") -> str:
-    """Mean of the ratios to the dense runs, or to a variant of the same pattern; empty as long as one has no runs."""
+    """Mean of the ratios to the dense runs, or to a variant of the same pattern; empty as long as one has no runs.
+
+    Patterns that share the dense runs of an environment are one sample: each seed's mean over them.
+    """
     if any(key not in results for key in keys):
         return ""
-    bases = [(env, base if base == "dense" else f"{kind.partition(', ')[0]}, {base}") for env, kind in keys]
-    runs, others = ([results[key] for key in group] for group in (keys, bases))
-    if runs == others:
+    groups = {}
+    for env, kind in keys:
+        to = (env, base if base == "dense" else f"{kind.partition(', ')[0]}, {base}")
+        groups.setdefault(to, []).append(sad.final(results[env, kind]))
+    if keys == [*groups]:
         return "1"
-    found = sad.estimate([sad.final(each) for each in runs], 1, [sad.final(each) for each in others])
+    samples = [np.mean(group, axis=0) for group in groups.values()]
+    found = sad.estimate(samples, 1, [sad.final(results[to]) for to in groups])
     return sad.with_interval(found["mean"], found["mean_interval"], ".2f")
 
 
