@@ -987,7 +987,7 @@ class Run:
         return self.pool.submit(self.env.step, action).result if self.args.overlap else lambda: self.env.step(action)
 
     def end_step(self, reward: float, done: bool) -> None:
-        interval, self.episode_over = self.args.checkpoint_interval, done
+        interval, self.episode_over, signalled = self.args.checkpoint_interval, done, self.signal  # once
         self.episodic_return, self.episodic_length = self.episodic_return + reward, self.episodic_length + 1
         if done:
             episode = {"episodic_return": self.episodic_return, "episodic_length": self.episodic_length}
@@ -998,13 +998,13 @@ class Run:
             self.evaluate()
         if self.due(100):
             self.log_progress()
-        if self.due_since is None and interval and (self.due(interval) or self.signal):
+        if self.due_since is None and interval and (self.due(interval) or signalled):
             self.due_since = self.step
         if self.due_since is not None:  # between two episodes, an environment is no more than its generators
             late = self.step - self.due_since >= interval or time.monotonic() > self.deadline
             if done or late or self.step == self.args.total_timesteps:
                 self.checkpoint()
-        self.stopped = bool(self.signal) and self.due_since is None
+        self.stopped = bool(signalled) and self.due_since is None
 
     def due(self, interval: int) -> bool:
         return interval > 0 and (self.step % interval == 0 or self.step == self.args.total_timesteps)

@@ -213,8 +213,8 @@ def half_lives(history: History, layers: list[int]) -> dict:
 def stability(history: History) -> dict:
     """Spread and slope of the SAD in the last half of training, cut into WINDOWS parts of equally many updates.
 
-    spread: standard deviation over mean of the parts' SAD, 0 = perfectly stable; slope: change from the start to the
-    end of the last half (linear fit) over the mean. None with fewer projections than parts.
+    spread: standard deviation over mean of the parts' SAD, 0 = perfectly stable; slope: change from the first part to
+    the last (linear fit) over the mean. None with fewer projections than parts.
     """
     last = history.updates[-1]
     edges = np.linspace(last / 2, last, WINDOWS + 1)
@@ -375,7 +375,7 @@ def add_history(run: Run, matrix_size: int) -> None:
         run.history = analyse_masks(layers, shapes, rows, matrix_size)
         run.sad, run.stability = summarise(run.history), stability(run.history)
         run.history.spells = np.zeros((4, 0))  # summarised, and large
-        end = config["total_timesteps"] - config.get("learning_starts", 0)
+        end = config["total_timesteps"] - max(config.get("learning_starts", 0), 1)
         early = "end early" if run.history.updates[-1] + interval <= end else ""
         if problem := early or "begin late" * bool(run.history.updates[0]):
             run.stability = {"spread": None, "slope": None}

@@ -393,8 +393,9 @@ def write_slurm(count: int, out: Path) -> Path:
 #SBATCH --job-name=rnm-td3-sweep
 #SBATCH --array=0-{count - 1}
 #SBATCH --cpus-per-task=1
-#SBATCH --mem=2G
+#SBATCH --mem=4G
 #SBATCH --requeue
+#SBATCH --signal=B:TERM@60
 #SBATCH --output=/dev/null
 cd {shlex.quote(str(Path.cwd()))} || exit 1
 log={shlex.quote(str(out))}/slurm-"$SLURM_ARRAY_TASK_ID".log
@@ -673,6 +674,7 @@ def sweep(args: Args) -> int:
     if args.task is not None:
         if not 0 <= args.task < len(tasks):
             raise UsageError(f"--task {args.task}: give a number from 0 to {len(tasks) - 1}")
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # Slurm's, too, lets the run write its checkpoint
         run_task(tasks[args.task])
         return 0
     if args.list:

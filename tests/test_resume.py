@@ -191,6 +191,17 @@ def test_an_episode_that_does_not_end_is_broken_off(script, monkeypatch, capsys)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
+def test_a_signal_within_the_end_of_a_step_costs_no_checkpoint(script, monkeypatch):
+    """It comes after the look at it that asks for a checkpoint."""
+    looks = itertools.count()
+    late = property(lambda run: signal.SIGTERM if run.step >= 33 and next(looks) else 0, lambda *_: None)
+    monkeypatch.setattr(getattr(script, "SparseRun", script.Run), "signal", late, raising=False)
+    with pytest.raises(SystemExit):
+        script.train(script.Args(**{**SMALL, "checkpoint_interval": 1000}, exp_name="late"))
+    assert len(list(Path("runs").glob("*__late__*/checkpoints/*.pt"))) == 1
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_without_checkpoints_a_signal_ends_the_run_after_its_step(script, monkeypatch, capsys):
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         stop_at(script, 33, patch)

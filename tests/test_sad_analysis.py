@@ -337,6 +337,13 @@ def test_real_runs_from_the_files_to_the_pictures(real_runs, capsys):
     assert matrices[f"{run}/layers"].tolist() == layers
 
 
+def test_masks_of_a_run_that_learns_from_its_first_step_do_not_end_early():
+    """Its first update is that of step 2, its last projection that of update 280 of 299."""
+    folder = rnm.train(rnm.Args(**{**SMALL, "learning_starts": 0}, mask_update_interval=20))[2]
+    run = sad.analyse(sad.Args((str(folder),), out="out"))["runs"][folder.name]
+    assert run["stability"]["spread"] >= 0 and not any("end early" in note for note in run["notes"])
+
+
 def test_figures_show_what_sad_csv_has(real_runs, monkeypatch):
     """And two runs whose folders have one name are kept apart."""
     figures, runs = {}, (str(real_runs[0]), str(Path(shutil.copytree(real_runs[0], f"twin/{real_runs[0].name}"))))

@@ -296,6 +296,17 @@ def test_a_run_ends_with_the_worker_that_started_it():
     assert sweep.last_line(task.log).startswith("interrupted at step ")
 
 
+def test_a_task_that_slurm_ends_writes_its_checkpoint_first():
+    arguments = [*SWEEP, "--total-timesteps", 10**6, f"--flags={TINY} --checkpoint-interval 1000000", "--task", 0]
+    worker = subprocess.Popen([sys.executable, SCRIPT, *map(str, arguments)])
+    task = tasks(total=10**6, flags=f"{TINY} --checkpoint-interval 1000000")[0]
+    while sweep.steps_done(task) < 60:
+        assert worker.poll() is None
+        time.sleep(0.05)
+    worker.send_signal(signal.SIGTERM)
+    assert worker.wait(60) == 130 and sweep.checkpoint(task.folder) >= 60
+
+
 def test_dry_run_and_list_do_nothing():
     printed = run(*SWEEP, "--total-timesteps", 200, f"--flags={TINY}", "--dry-run").stdout.splitlines()
     assert len(printed) == 4 and all("--exp-name out__" in line for line in printed)
@@ -334,7 +345,7 @@ def test_slurm_script_quotes_what_the_user_named(name, tmp_path, monkeypatch, ca
     assert sweep.main() == 0 and capsys.readouterr().out == shlex.join(["sbatch", f"{out}/slurm.sh"]) + "\n"
     script = (out / "slurm.sh").read_text()
     directives = [line for line in script.splitlines() if line.startswith("#SBATCH")]
-    assert len(directives) == 6 and not any(character in "".join(directives) for character in "%$\"'`")
+    assert len(directives) == 7 and not any(character in "".join(directives) for character in "%$\"'`")
     fake = Path("print_arguments")  # in place of Python
     fake.write_text('#!/usr/bin/env bash\nprintf "%s\\0" "$@"\n')
     fake.chmod(0o755)
