@@ -92,11 +92,11 @@ class Args:
 
     n: int = 2  # N: active weights in each group of M
     m: int = 4  # M: consecutive inputs of a neuron that form a group
-    critic_m: int = 0  # M of the critics, where it is not that of the actor (0 = it is)
+    critic_m: int = 0  # M of the critics (0 = that of the actor, --m)
     mask_update_interval: int = 1000  # K: critic updates between projections of all networks (0 = masks never change)
     target_mask: Literal["own", "online"] = "own"  # targets' masks: projection of their own weights, or online's masks
     dense_layers: Literal["none", "first", "last", "first,last"] = "last"  # layers of every network that stay dense
-    init: Literal["variance", "linear"] = "variance"  # start of N:M layers: nn.Linear's, scaled to keep variance or not
+    init: Literal["variance", "linear"] = "variance"  # start of N:M layers: as nn.Linear, or scaled to its variance
     backend: Literal["auto", "masked", "native", "semi_structured"] = "auto"  # auto: native on a CPU if 2N <= M
     semi_structured_dtype: Literal["bfloat16", "float16"] = "bfloat16"  # of its 2:4 products (1:2 has float32 alone)
     save_masks: bool = True  # write all masks to `masks.bin` in the run folder, at the start and at every projection
@@ -177,7 +177,7 @@ class NMLinear(nn.Module):
     @torch.no_grad()
     def polyak_(self, online: NMLinear, tau: float) -> None:
         """W' <- tau W + (1 - tau) W' over all entries, active or not; the mask E' stays. b' likewise."""
-        torch.gather(self.sync().lerp_(online.sync(), tau), 1, self.index, out=self.values)  # lerp_: of the master
+        torch.gather(self.sync().lerp_(online.sync(), tau), 1, self.index, out=self.values)  # lerp_ writes to W' itself
         if self.bias is not None:
             self.bias.lerp_(online.bias, tau)
 
@@ -206,8 +206,8 @@ class NMLinear(nn.Module):
 def sparsify(network: nn.Module, n: int, m: int, dense_layers="none", backend="masked", init="linear", **options):
     """Replace the nn.Linear layers in a network, before its optimizer is made; the first, last or both may stay dense.
 
-    Active weights are those of the layers (`init` linear), or these times what gives outputs the variance that they
-    had (Evci et al. 2022, arXiv 2010.03533): W <- W sqrt(sum W^2 / sum (E W)^2), inactive entries as well.
+    W stays as it is (`init` linear), or is scaled so that outputs keep the variance that the dense layer's had (Evci et
+    al. 2022, arXiv 2010.03533): W <- W sqrt(sum W^2 / sum (E W)^2), inactive entries as well.
     """
     names = [name for name, module in network.named_modules() if type(module) is nn.Linear]
     for name in names[int("first" in dense_layers) : len(names) - int("last" in dense_layers)]:
