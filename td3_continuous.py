@@ -547,7 +547,7 @@ class Run:
         return self.pool.submit(self.env.step, action).result if self.args.overlap else lambda: self.env.step(action)
 
     def end_step(self, reward: float, done: bool) -> None:
-        interval, self.episode_over, signalled = self.args.checkpoint_interval, done, self.signal  # once
+        interval, self.episode_over, signalled = self.args.checkpoint_interval, done, self.signal  # read once
         self.episodic_return, self.episodic_length = self.episodic_return + reward, self.episodic_length + 1
         if done:
             episode = {"episodic_return": self.episodic_return, "episodic_length": self.episodic_length}
