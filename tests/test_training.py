@@ -254,7 +254,8 @@ def test_run_folder(script):
     assert folder.parent.name == "runs" and folder.name.startswith(f"Scripted-v0__{script.__name__}__1__")
     config = json.loads((folder / "config.json").read_text())
     assert config["total_timesteps"] == 250
-    assert config["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]  # of a CUDA build: +cu130
+    version, cuda = config["versions"]["torch"], (torch.version.cuda or "").replace(".", "")
+    assert torch.__version__ in (version, f"{version}+cu{cuda}")  # the package of a CUDA build need not name it
     episodes = read_csv(folder / "episodes.csv")
     assert [int(row["step"]) for row in episodes[:4]] == [3, 7, 9, 12]
     assert [float(row["return"]) for row in episodes[:3]] == [1 + 2 + 3, 11 + 12 + 13 + 14, 21 + 22]
@@ -352,6 +353,7 @@ def test_profile(script, overlap, monkeypatch, capsys):
     table = capsys.readouterr().out.split("Ordered by: cumulative time")[1]
     calls = {line.split("(")[-1].strip(")"): line.split()[0] for line in table.splitlines() if "continuous.py" in line}
     expected = {"sample": "40", "update_critics": "40", "update_actor": "20", "update_targets": "20"}
+    expected |= {"end_step": "60"} if sys.version_info < (3, 13) else {}  # where cProfile misses one of them
     expected |= {} if overlap else {"step": "60"}  # in a thread it costs the loop nothing but waiting
     assert expected.items() <= calls.items()
 

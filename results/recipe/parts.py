@@ -42,9 +42,8 @@ def by_pattern(results: dict, patterns: tuple[str, ...], variants: dict[str, str
     for variant, what in variants.items():
         keys = [[(env, f"{m}, {variant}") for env in ENVS] for m in patterns]
         groups = [group for both in keys for group in (both[:1], both[1:], both)]
-        rows.append(
-            [what, *[ratio(results, group, base) for group in (*groups, [key for both in keys for key in both])]]
-        )
+        groups.append([key for both in keys for key in both])
+        rows.append([what, *[ratio(results, group, base) for group in groups]])
     return ["", *header, "mean of all"], rows
 
 
@@ -52,11 +51,8 @@ def parts(results: dict) -> str:
     """Ratios to the best dense runs of each environment, and active weights of 1:8 in per cent."""
     header, rows = by_pattern(results, ("1:8", "1:4"), PARTS, "dense")
     for variant, row in zip(PARTS, rows, strict=True):
-        row.append(
-            ", ".join(
-                f"{weights(results[env, f'1:8, {variant}']) / weights(results[env, 'dense']):.1%}" for env in ENVS
-            )
-        )
+        shares = [weights(results[env, f"1:8, {variant}"]) / weights(results[env, "dense"]) for env in ENVS]
+        row.append(", ".join(f"{share:.1%}" for share in shares))
     return sad.markdown([*header, "active"], rows)
 
 
