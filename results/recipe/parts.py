@@ -17,6 +17,7 @@ HERE, ENVS = Path("results/recipe"), ("HalfCheetah-v5", "Ant-v5")
 PARTS = {  # variant: what it is
     "letter": "to the letter",
     "start": "start",
+    "last": "last dense",
     "lr9": "start, last dense",
     "first12": "start, last dense, first 1:2",
     "both": "start, first and last dense",
