@@ -33,6 +33,7 @@ WIDE = {  # kind: what it is
     "1:8, critics14": "1:8, 256, critics 1:4",
     "1:4, critics12": "1:4, 256, critics 1:2",
 }
+NO_HELP = {"1:8, grow": "1:8, growth", "1:8, tighten": "1:8, tightened", "1:4, tighten": "1:4, tightened"}
 INTERVALS = {"K100": "100", "lr9": "1 000", "K10000": "10 000", "K0": "never"}
 PATCHED = {"HalfCheetah-v5": 16.3, "Ant-v5": 24.6}  # active weights of `first12` in per cent: no flag of the scripts
 
@@ -57,19 +58,19 @@ def parts(results: dict) -> str:
     return sad.markdown([*header, "active"], rows)
 
 
-def wide(results: dict) -> str:
+def wide(results: dict, kinds: dict[str, str]) -> str:
     """Per step, per second and per active weight; weights in per cent of those of dense 256."""
     header = ["final return to dense", "return when the fastest ended", "steps/s", "active", "return / 1 000 weights"]
     clocks, tables = {env: min(seconds(runs) for (e, _), runs in results.items() if e == env) for env in ENVS}, []
     for env in ENVS:
         rows = []
-        for kind in WIDE:
+        for kind, what in kinds.items():
             if runs := results.get((env, kind)):
                 count, early = weights(runs), sweep.return_at(runs, clocks[env]).mean()
                 cells = ratio(results, [(env, kind)]), f"{early:.0f}", f"{sweep.rates(runs).mean():.0f}"
                 cells += f"{count / weights(results[env, 'dense']):.1%}", f"{1000 * sad.final(runs).mean() / count:.0f}"
-                rows.append([f"{WIDE[kind]} ({len(runs)})", *cells])
-        tables.append(sad.markdown([env, *header], rows))
+                rows.append([f"{what} ({len(runs)})", *cells])
+        tables += [sad.markdown([env, *header], rows)] if rows else []
     return "\n".join(tables)
 
 
@@ -126,4 +127,4 @@ if __name__ == "__main__":
     }
     for name, runs in chosen.items():
         sweep.plot_curves(runs, list(ENVS), HERE / f"{name}.png")
-    print(parts(results), wide(results), intervals(results), sep="\n")
+    print(parts(results), wide(results, WIDE), wide(results, NO_HELP), intervals(results), sep="\n")
