@@ -23,6 +23,7 @@ PARTS = {  # variant: what it is
     "both": "start, first and last dense",
     "factor": "start, last dense, factor",
 }
+AT_3E4 = {"lr3": "start, last dense", "last3": "last dense", "critics14.3e-4": "start, last dense, critics 1:4"}
 WIDE = {  # kind: what it is
     "dense": "dense, 256",
     "1:4, lr9": "1:4, 256",
@@ -127,4 +128,6 @@ if __name__ == "__main__":
     }
     for name, runs in chosen.items():
         sweep.plot_curves(runs, list(ENVS), HERE / f"{name}.png")
-    print(parts(results), wide(results, WIDE), wide(results, NO_HELP), intervals(results), sep="\n")
+    at_3e4 = results | {(env, "dense"): results[env, "dense, lr3"] for env in ENVS}
+    print(parts(results), sad.markdown(*by_pattern(at_3e4, ("1:8", "1:4"), AT_3E4, "dense")), sep="\n")
+    print(wide(results, WIDE), wide(results, NO_HELP), intervals(results), sep="\n")
