@@ -207,8 +207,10 @@ def sparsify(network: nn.Module, n: int, m: int, dense_layers="none", backend="m
     """Replace the nn.Linear layers in a network, before its optimizer is made; the first, last or both may stay dense.
 
     W stays as it is (`init` linear), or is scaled so that outputs keep the variance that the dense layer's had (Evci et
-    al. 2022, arXiv 2010.03533): W <- W sqrt(sum W^2 / sum (E W)^2), inactive entries as well.
+    al. 2022, arXiv 2010.03533): W <- W sqrt(sum W^2 / sum (E W)^2), inactive entries as well. Raises ValueError.
     """
+    if dense_layers not in ("none", "first", "last", "first,last") or init not in ("linear", "variance"):
+        raise ValueError(f"dense_layers {dense_layers!r}, init {init!r}: unknown; Args has the names")
     names = [name for name, module in network.named_modules() if type(module) is nn.Linear]
     for name in names[int("first" in dense_layers) : len(names) - int("last" in dense_layers)]:
         linear = copy.deepcopy(network.get_submodule(name))  # another layer may share its weight

@@ -173,6 +173,12 @@ def test_the_start_changes_nothing_where_all_or_nothing_is_active():
     assert torch.equal(sparsify(nn.Sequential(layers[1]), 1, 4, init="variance")[0].master, before[1])
 
 
+@pytest.mark.parametrize("option", [{"dense_layers": "frist"}, {"dense_layers": "last,first"}, {"init": "varianc"}])
+def test_a_misspelled_option_is_refused(option):
+    with pytest.raises(ValueError, match=next(iter(option.values()))):
+        sparsify(nn.Sequential(nn.Linear(8, 8)), 1, 4, **option)
+
+
 def test_wrong_pattern_is_refused():
     with pytest.raises(ValueError, match="5:4"):
         NMLinear(8, 8, n=5, m=4)
