@@ -76,7 +76,7 @@ def test_the_table(monkeypatch):
         {
             "Ant-v5": kinds
             | {("1:8", "letter"): [(10.0, 5)], ("1:8", "wide"): [(120.0, 9)], ("1:8", "best"): [(150.0, 9)]},
-            "HalfCheetah-v5": kinds,
+            "HalfCheetah-v5": kinds | {("1:8", "critics"): [(90.0, 9)], ("dense", "best"): [(200.0, 20)]},
         }
     )
     (folder / "sad").mkdir()
@@ -89,7 +89,8 @@ def test_the_table(monkeypatch):
     assert rows.pop(key) == ["2.00 [1.67, 2.40]", "2", "confirmed"]
     speeds = [rows.pop(key) for key in list(rows) if key[1] == "two threads, CleanRL"]
     assert len(speeds) == 6 and [row[2] for row in speeds] == ["confirmed"] * 6
-    assert rows["1:8 competes (at least 0.8)", "wide", "Ant-v5"][::2] == ["1.20", "undecided"]
+    assert rows["1:8 competes (at least 0.8)", "best step sizes, wide", "Ant-v5"][::2] == ["1.20", "undecided"]
+    assert rows["1:8 competes (at least 0.8)", "best step sizes, critics of 1:4", "HalfCheetah-v5"][0] == "0.45"
     best = {key: row[0] for key, row in rows.items() if key[1] == "best step sizes"}
     assert best == {("1:8 competes (at least 0.8)", "best step sizes", "Ant-v5"): "1.50"}
     recipe, both = "the recipe, 3e-4", "mean of 2 environments"
