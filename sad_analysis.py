@@ -519,8 +519,13 @@ def label(group: tuple) -> str:
     return pattern + (f", K = {k}" if k > 0 else ", masks fixed" if k == 0 else "") + extra
 
 
+def rounded(value: float, form: str) -> str:
+    text = f"{value:{form}}"
+    return f"{value:.0f}" if "e+" in text else text  # 10185, not 1.018e+04
+
+
 def with_interval(value: float, bounds: list[float] | None, form: str) -> str:
-    return f"{value:{form}}" + (f" [{bounds[0]:{form}}, {bounds[1]:{form}}]" if bounds else "")
+    return rounded(value, form) + (f" [{rounded(bounds[0], form)}, {rounded(bounds[1], form)}]" if bounds else "")
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence]) -> str:

@@ -33,7 +33,7 @@ import tyro
 from filelock import FileLock, Timeout
 
 import sad_analysis as sad
-from sad_analysis import LAST, Failed, Run, UsageError, bootstrap, final, iqm, mean, with_interval
+from sad_analysis import LAST, Failed, Run, UsageError, bootstrap, final, iqm, mean, rounded, with_interval
 
 HERE = Path(__file__).resolve().parent
 DENSE = HERE / "td3_continuous.py"
@@ -539,13 +539,14 @@ def figures(runs: list[Run], dense: list[Run] | None, best: list[Run] | None, cl
 
 
 def number(name: str, value: float, form: str) -> str:
-    return "never" if name.startswith("hours_to") and value > NEVER / 1000 else f"{value:{form}}"
+    return "never" if name.startswith("hours_to") and value > NEVER / 1000 else rounded(value, form)
 
 
 def cell(found: dict[str, tuple], name: str, form: str) -> str:
     """Empty where there is no such figure."""
     if name == "mean":
-        return f"{found[name][0]:.4g} +- " + (f"{found['std'][0]:.3g}" if found["seeds"][0] > 1 else "-")
+        spread = rounded(found["std"][0], ".3g") if found["seeds"][0] > 1 else "-"
+        return f"{rounded(found[name][0], '.4g')} +- {spread}"
     numbers = [number(name, x, form) for x in (found[name][0], *(found[name][1] or ()))] if name in found else [""]
     text = with_interval(numbers[0], numbers[1:], "")
     reached = found.get(name.replace("hours_to", "reached")) if "hours_to" in name else None

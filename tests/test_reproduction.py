@@ -1,7 +1,9 @@
-"""Claims are judged by the rules that stand in results/reproduction/README.md."""
+"""Claims are judged by the rules that stand in results/reproduction/README.md, and numbers in texts are of the data."""
 
+import csv
 import importlib.util
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -14,15 +16,35 @@ import rnm_td3_continuous as rnm
 import sad_analysis as sad
 import td3_continuous as td3
 
+ROOT = Path(__file__).parents[1]
+
 
 def script(name):
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / f"results/reproduction/{name}.py")
+    spec = importlib.util.spec_from_file_location(Path(name).stem, ROOT / f"results/{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-claims, masks, policies = script("claims"), script("masks"), script("policies")
+claims, masks, policies = (script(f"reproduction/{name}") for name in ("claims", "masks", "policies"))
+
+
+def test_numbers_in_the_texts_are_those_of_the_data(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    parts = script("recipe/parts")
+    made = parts.tables(parts.read()) + Path("results/recipe/report.md").read_text()
+    for name in ("halfcheetah_2_threads", "halfcheetah_1_thread", "ant"):
+        with open(f"results/speed/zen4/{name}.csv") as file:
+            rates = [float(row["median"]) for row in csv.DictReader(file)]  # the first row is CleanRL
+            made += "".join(f"\n{int(rate + 0.5)} ({rate / rates[0]:.1f}x)" for rate in rates)
+    number, counts = r"-?\d+\.\d\d", []
+    for form in (rf"{number} \[{number}, {number}\]", r"\b\d+ \+- \d+", r"\b\d+ \(\d\.\dx\)"):
+        true = set(re.findall(form, made))
+        for text in ("README.md", "results/recipe/README.md"):
+            said = re.findall(form, Path(text).read_text().replace("\n", " "))
+            assert not set(said) - true, text
+            counts.append(len(said))
+    assert counts[0] > 10 and counts[1] > 50 and counts[2] > 10 and counts[4] > 10  # intervals, means, speeds
 
 
 @pytest.mark.parametrize(

@@ -565,6 +565,12 @@ def test_a_damaged_plan_gets_one_line(content, monkeypatch, capsys):
         )
 
 
+def test_large_returns_are_written_in_full():
+    found = {"seeds": (3, None), "mean": (10185.4, None), "std": (1104.2, None), "iqm": (12345.6, (-10000.0, 99999.5))}
+    assert sweep.cell(found, "mean", "") == "10185 +- 1104"
+    assert sweep.cell(found, "iqm", ".4g") == "12346 [-10000, 100000]"
+
+
 def test_report_states_the_statistics_of_the_field():
     dense, sparse = [10.0, 20, 30, 40, 50], [20.0, 30, 40, 50, 90]
     values = {("A", "dense"): dense, ("A", "2:4"): sparse, ("B", "dense"): [100, 200], ("B", "2:4"): [90, 120, None]}

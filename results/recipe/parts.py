@@ -14,6 +14,7 @@ import sad_analysis as sad
 import sweep
 
 HERE, ENVS = Path("results/recipe"), ("HalfCheetah-v5", "Ant-v5")
+PATTERNS = ("2:4", "1:4", "1:8")
 PARTS = {  # variant: what it is
     "letter": "to the letter",
     "start": "start",
@@ -75,9 +76,19 @@ def wide(results: dict, kinds: dict[str, str]) -> str:
     return "\n".join(tables)
 
 
-def intervals(results: dict) -> str:
-    """Ratios to the interval of 1 000 critic updates, which is the default."""
-    return sad.markdown(*by_pattern(results, ("1:4", "1:8"), INTERVALS, "lr9"))
+def tables(results: dict) -> str:
+    """All of README.md, from `read`."""
+    at_3e4 = results | {(env, "dense"): results[env, "dense, lr3"] for env in ENVS}
+    at_best = results | {(env, f"{m}, best"): best_of(results, env, m) for env in ENVS for m in PATTERNS}
+    compared = [
+        by_pattern(at_3e4, PATTERNS, {"lr3": "3e-4 for all"}, "dense"),
+        by_pattern(at_best, PATTERNS, {"best": "each at its best"}, "dense"),
+        by_pattern(at_3e4, ("1:8", "1:4"), AT_3E4, "dense"),
+        by_pattern(results, ("1:8",), {"critics14": "critics 1:4, to 1:8 in all"}, "lr9"),
+        by_pattern(results, ("1:4", "1:8"), INTERVALS, "lr9"),  # to 1 000 critic updates, the default
+    ]
+    found = [sad.markdown(*table) for table in compared]
+    return "\n".join([*found[:2], parts(results), *found[2:], wide(results, WIDE), wide(results, NO_HELP)])
 
 
 def ratio(results: dict, keys: list[tuple[str, str]], base: str = "dense") -> str:
@@ -116,18 +127,21 @@ def weights(runs: list[sad.Run]) -> float:
     return share / 100 * sum(x * y for x, y in (*actor, *2 * [*critic]))
 
 
-if __name__ == "__main__":
+def read() -> dict:
+    """Ended runs by environment and kind, and the best dense runs of each environment as `dense`."""
     results, _ = sweep.read_results(sweep.read_plan(HERE))
-    dense = {(env, "dense"): best_of(results, env, "dense") for env in ENVS}
-    results |= dense
+    return results | {(env, "dense"): best_of(results, env, "dense") for env in ENVS}
+
+
+if __name__ == "__main__":
+    results = read()
+    dense = {key: runs for key, runs in results.items() if key[1] == "dense"}
     chosen = {
         "step_size": {key: runs for key, runs in results.items() if key[1].endswith(("lr3", "lr6", "lr9"))},
         "parts": dense | {(env, f"1:8 {name}"): results[env, f"1:8, {name}"] for name in PARTS for env in ENVS},
-        "best": {(env, m): best_of(results, env, m) for m in ("dense", "2:4", "1:4", "1:8") for env in ENVS},
+        "best": {(env, m): best_of(results, env, m) for m in ("dense", *PATTERNS) for env in ENVS},
         "wide": dense | {(e, WIDE[kind]): runs for (e, kind), runs in results.items() if kind in [*WIDE][1:]},
     }
     for name, runs in chosen.items():
         sweep.plot_curves(runs, list(ENVS), HERE / f"{name}.png")
-    at_3e4 = results | {(env, "dense"): results[env, "dense, lr3"] for env in ENVS}
-    print(parts(results), sad.markdown(*by_pattern(at_3e4, ("1:8", "1:4"), AT_3E4, "dense")), sep="\n")
-    print(wide(results, WIDE), wide(results, NO_HELP), intervals(results), sep="\n")
+    print(tables(results))
