@@ -84,6 +84,8 @@ def tables(results: dict) -> str:
         by_pattern(at_3e4, PATTERNS, {"lr3": "3e-4 for all"}, "dense"),
         by_pattern(at_best, PATTERNS, {"best": "each at its best"}, "dense"),
         by_pattern(at_3e4, ("1:8", "1:4"), AT_3E4, "dense"),
+        by_pattern(results, ("1:8", "1:4"), {"lr9": "with the start to without, 9e-4"}, "last"),
+        by_pattern(results, ("1:8", "1:4"), {"lr3": "with the start to without, 3e-4"}, "last3"),
         by_pattern(results, ("1:8",), {"critics14": "critics 1:4, to 1:8 in all"}, "lr9"),
         by_pattern(results, ("1:4", "1:8"), INTERVALS, "lr9"),  # to 1 000 critic updates, the default
     ]
