@@ -338,15 +338,13 @@ def plot(table: list[dict], title: str, path: Path) -> None:
     markers = "osD^vP*X"
     sparsities = sorted({row["sparsity"] for row in ours})
     left.plot(sparsities, sparsities, "k--", lw=1, label="ideal: M/N")
-    for i, size in enumerate(dict.fromkeys(row["in"] for row in ours)):
-        points = [(row["sparsity"], row["speedup"]) for row in ours if row["in"] == size]
-        left.plot(*zip(*sorted(points), strict=True), marker=markers[i % 8], label=f"{size} x {size}")
+    for axes, x, by, label in ((left, "sparsity", "in", "{0} x {0}"), (right, "in", "pattern", "{}")):
+        for i, value in enumerate(dict.fromkeys(row[by] for row in ours)):
+            points = sorted((row[x], row["speedup"]) for row in ours if row[by] == value)
+            axes.plot(*zip(*points, strict=True), marker=markers[i % 8], label=label.format(value))
     left.set(xscale="log", yscale="log", xlabel="sparsity, M/N", ylabel="speed-up over the fastest dense product")
     left.set_xticks(sparsities, [f"{row:g}" for row in sparsities])
     left.set_yticks([0.5, 1, 2, 4, 8, 16], ["0.5", "1", "2", "4", "8", "16"])
-    for i, pattern in enumerate(dict.fromkeys(row["pattern"] for row in ours)):
-        points = [(row["in"], row["speedup"]) for row in ours if row["pattern"] == pattern]
-        right.plot(*zip(*sorted(points), strict=True), marker=markers[i % 8], label=pattern)
     sizes = sorted({row["in"] for row in ours})
     right.set(xscale="log", xlabel="neurons in and out", ylim=(0, None))
     right.set_xticks(sizes, sizes)

@@ -23,6 +23,7 @@ from matplotlib.image import imread
 
 import rnm_td3_continuous as rnm
 import sad_analysis as sad
+import sweep
 import td3_continuous as td3
 
 SCRIPT = Path(sad.__file__)
@@ -215,37 +216,57 @@ def test_runs_that_differ_in_other_flags_are_no_seeds_of_one_another(capsys):
     assert "A-10-1 is left out: it has the seed of newer" in capsys.readouterr().err
 
 
-def test_correlation_of_stability_and_return(monkeypatch):
-    monkeypatch.setattr(sad, "RESAMPLES", 1000)
+def test_correlation_of_stability_and_return():
     generator = np.random.default_rng(0)
     spreads = generator.random(12)
     runs = [run_of("A", 10, i, 100 - 50 * s, spread=s) for i, s in enumerate(spreads)]
-    result = sad.correlate(runs, seed=1)["A"]
+    result = sad.correlate(runs)["A"]
     assert result["runs"] == 12 and result["spearman"] == pytest.approx(1)
     assert result["verdict"] == "a more stable SAD goes with a better return among runs of the same N:M and K"
     noisy = [run_of("A", 10, i, generator.random(), spread=s) for i, s in enumerate(spreads)]
-    result = sad.correlate(noisy, seed=1)["A"]
+    result = sad.correlate(noisy)["A"]
     expected = scipy.stats.spearmanr([-s for s in spreads], [run.final_return for run in noisy]).statistic
     assert result["spearman"] == pytest.approx(expected) and result["verdict"].startswith("no clear relation")
     assert result["interval"][0] < expected < result["interval"][1]
-    few = sad.correlate(runs[:7], seed=1)["A"]
+    few = sad.correlate(runs[:7])["A"]
     assert few["verdict"] == "too few runs to say anything: 7, of 8 needed" and "spearman" not in few
     # K moves both: within each K there is no relation at all
     confounded = [
         run_of("A", k, i, k + i % 2, spread=(10 - k) / 10 + 0.01 * (i // 2)) for k in (1, 5, 9) for i in range(4)
     ]
-    result = sad.correlate(confounded, seed=1)["A"]
+    result = sad.correlate(confounded)["A"]
     assert result["spearman"] > 0.8 and abs(result["within_groups_spearman"]) < 0.1
     assert result["verdict"] == "no clear relation among runs of the same N:M and K"
     one_each = [run_of("A", k, 1, k, spread=1 / k) for k in range(1, 10)]  # a sweep of K: no group to look within
-    result = sad.correlate(one_each, seed=1)["A"]
+    result = sad.correlate(one_each)["A"]
     assert "within_groups_spearman" not in result and result["verdict"].endswith("over all runs, with N:M and K mixed")
-    inverse = sad.correlate([run_of("A", 10, i, 100 + 50 * s, spread=s) for i, s in enumerate(spreads)], seed=1)["A"]
+    inverse = sad.correlate([run_of("A", 10, i, 100 + 50 * s, spread=s) for i, s in enumerate(spreads)])["A"]
     assert inverse["verdict"] == "a more stable SAD goes with a worse return among runs of the same N:M and K"
     pairs = [run_of("A", k, i, k + i, spread=1 / k) for k in range(1, 10) for i in range(2)]
-    assert "within_groups_spearman" not in sad.correlate(pairs, seed=1)["A"]
-    alike = sad.correlate([run_of("A", 10, i, 5, spread=0.5) for i in range(9)], seed=1)["A"]
+    assert "within_groups_spearman" not in sad.correlate(pairs)["A"]
+    alike = sad.correlate([run_of("A", 10, i, 5, spread=0.5) for i in range(9)])["A"]
     assert alike["spearman"] == 0 and json.dumps(alike, allow_nan=False)
+
+
+@pytest.mark.parametrize("sizes", [[12], [5, 5, 5, 3, 3, 3, 3]])
+def test_a_correlation_that_is_not_there_is_found_in_five_of_a_hundred(sizes):
+    """Also where the means of groups are taken off, after which the rest is no longer independent."""
+    rng, found = np.random.default_rng(0), 0
+    for _ in range(500):
+        runs = [run_of("A", k, i, rng.normal(), spread=rng.random()) for k, n in enumerate(sizes, 1) for i in range(n)]
+        found += not sad.correlate(runs)["A"]["verdict"].startswith("no clear relation")
+    assert 10 <= found <= 40
+
+
+def test_a_row_that_was_cut_counts_for_nothing_wherever_it_was_cut():
+    run, whole = Path("run"), "step,return_1,mean,std,seconds\n100,2.5,2.5,0.25,1.5\n200,3.5,3.5,0.25,3.125\n"
+    run.mkdir()
+    (run / "config.json").write_text(json.dumps({"env_id": "A", "seed": 1, "total_timesteps": 200}))
+    for length in range(whole.index("200"), len(whole)):
+        (run / "evaluations.csv").write_text(whole[:length])
+        assert sad.read_run(run).returns.tolist() == [2.5] and sweep.last_evaluation(run) == 100
+    (run / "evaluations.csv").write_text(whole)
+    assert sad.read_run(run).seconds.tolist() == [1.5, 3.125] and sweep.last_evaluation(run) == 200
 
 
 def test_the_final_return_is_the_mean_of_the_last_ten_evaluations():

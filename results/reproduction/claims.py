@@ -5,10 +5,12 @@ python results/reproduction/claims.py
 
 import csv
 import json
+import math
 import sys
 from pathlib import Path
 
 import numpy as np
+import scipy.stats
 
 sys.path.insert(0, str(Path.cwd()))
 import sad_analysis as sad
@@ -36,27 +38,50 @@ def more(bound: float, bounds: Interval) -> str:
     return "confirmed" if bounds[0] >= bound else "refuted"
 
 
-def compare(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, Interval]:
-    """Ratio of the means."""
-    return sweep.ratio(ours, theirs), sad.bootstrap([ours, theirs], sweep.ratio, 1)
+def compare(*pairs: tuple[np.ndarray, np.ndarray]) -> tuple[float, Interval]:
+    """Mean of the ratios of means of each pair (ours, theirs), with Welch's interval, which three runs do not fool."""
+    values, variances, freedom = [], [], []
+    for ours, theirs in pairs:
+        values.append(value := sweep.ratio(ours, theirs))
+        if min(len(ours), len(theirs)) > 1:
+            parts = [ours.var(ddof=1) / len(ours), theirs.var(ddof=1) / len(theirs) * value**2]
+            variances += [part / theirs.mean() ** 2 for part in parts]
+            freedom += [len(ours) - 1, len(theirs) - 1]
+    mean, variance = float(np.mean(values)), sum(variances)
+    if len(variances) < 2 * len(pairs):
+        return mean, None
+    degrees = variance**2 / sum(x**2 / y for x, y in zip(variances, freedom, strict=True)) if variance else 1
+    half = scipy.stats.t.ppf(0.975, degrees) * math.sqrt(variance) / len(pairs)
+    return mean, [mean - half, mean + half]
 
 
-def ratios(results: dict, dense: dict, kind: str) -> dict[str, tuple[float, Interval, int]]:
-    """Of final returns: by environment, and over all of them where there are several; with the number of runs.
+def ratios(results: dict, dense: dict[tuple[str, str], str], kind: str) -> dict[str, tuple]:
+    """By environment, and over all where there are several: ratio of final returns to dense, the same of what is above
+    an untrained policy, which on Ant-v5 has much for standing, and the number of runs.
 
-    Left out: environments where a dense run has no positive return, to which a ratio would mean nothing.
+    Left out: environments where a dense run has no positive return, or none above an untrained policy.
     """
-    theirs = {(env, kind): results[env, dense[env, kind]] for env in ENVS if (env, kind) in dense}
-    theirs = {key: runs for key, runs in theirs.items() if sad.final(runs).min() > 0}
-    mine = {key: results[key] for key in theirs}
-    found = {key[0]: (*compare(sad.final(mine[key]), sad.final(theirs[key])), len(mine[key])) for key in mine}
-    for each in sad.across(mine, theirs, 1)[1].values():
-        found[f"mean of {len(mine)} environments"] = each["mean"], each["mean_interval"], each["runs"]
+    groups = {}
+    for env in (env for env in ENVS if (env, kind) in dense):
+        ours, runs = sad.final(results[env, kind]), results[env, dense[env, kind]]
+        theirs, before = sad.final(runs), [run.returns[run.steps <= run.config["learning_starts"]] for run in runs]
+        untrained = np.concatenate(before).mean()
+        if theirs.min() > max(0, untrained):
+            groups[env] = [(ours, theirs, untrained)]
+    if len(groups) > 1:
+        groups[f"mean of {len(groups)} environments"] = [group for (group,) in groups.values()]
+    found = {}
+    for where, group in groups.items():
+        raw, above = compare(*[(a, b) for a, b, _ in group]), compare(*[(a - u, b - u) for a, b, u in group])
+        found[where] = raw, above, sum(len(ours) for ours, *_ in group)
     return found
 
 
 def claims(folder: Path) -> list[list[str]]:
-    """Rows of claim, protocol, where, our figure with its interval, runs, verdict. Raises sweep.UsageError."""
+    """Rows of claim, protocol, where, our figure with its interval, that above an untrained policy, runs, verdict.
+
+    Raises sweep.UsageError.
+    """
     plan = sweep.read_plan(folder)
     results, missing = sweep.read_results(plan)
     dense, rows = sweep.dense_of(results, plan), []
@@ -64,25 +89,28 @@ def claims(folder: Path) -> list[list[str]]:
         at_best = [key for key in results if key[1].endswith((", best", ", critics", ", wide"))]
         dense |= {key: name for key in at_best if (key[0], name) in results}
 
-    def add(claim: str, how: str, where: str, value: float, bounds: Interval, runs: int, verdict: str) -> None:
-        rows.append([claim, how, where, sad.with_interval(value, bounds, ".2f"), str(runs), verdict])
+    def add(claim: str, how: str, where: str, found: tuple[float, Interval], runs: int, verdict: str, above="") -> None:
+        rows.append([claim, how, where, sad.with_interval(*found, ".2f"), above, str(runs), verdict])
 
     def add_more(claim: str, how: str, where: str, ours: np.ndarray, theirs: np.ndarray) -> None:
         """The claim that the mean of ours is larger."""
-        value, bounds = compare(ours, theirs)
-        add(claim, how, where, value, bounds, len(ours), more(1, bounds))
+        found = compare((ours, theirs))
+        add(claim, how, where, found, len(ours), more(1, found[1]))
 
     for variant, how in VARIANTS.items():
         found = {pattern: ratios(results, dense, pattern + variant) for pattern in ("2:4", "1:4", "1:8")}
         for env, claimed in (("Ant-v5", 1.14), ("HalfCheetah-v5", 1.01)):
             if env in found["2:4"]:
-                value, bounds, runs = found["2:4"][env]
-                add(f"2:4 is {claimed} of dense", how, env, value, bounds, runs, number(claimed, bounds))
+                raw, above, runs = found["2:4"][env]
+                other = sad.with_interval(*above, ".2f")
+                add(f"2:4 is {claimed} of dense", how, env, raw, runs, number(claimed, raw[1]), other)
         for pattern, what, least in (
             ("2:4", "2:4 matches dense", 0.95), ("1:4", "1:4 matches dense", 0.95), ("1:8", "1:8 competes", 0.8)
         ):  # fmt: skip
-            for where, (value, bounds, runs) in found[pattern].items():
-                add(f"{what} (at least {least})", how, where, value, bounds, runs, more(least, bounds))
+            for where, (raw, above, runs) in found[pattern].items():
+                verdicts, other = {more(least, raw[1]), more(least, above[1])}, sad.with_interval(*above, ".2f")
+                verdict = verdicts.pop() if len(verdicts) == 1 else "undecided"
+                add(f"{what} (at least {least})", how, where, raw, runs, verdict, other)
     studied, more_missing = sweep.read_results(sweep.read_plan(INTERVALS))
     missing += more_missing
     for env, kind in studied:
@@ -106,12 +134,12 @@ def claims(folder: Path) -> list[list[str]]:
     if (summary := folder / "sad" / "summary.json").exists():
         for env, found in json.loads(summary.read_text())["stability_and_return"].items():
             if "within_groups_spearman" in found:
-                value, bounds = found["within_groups_spearman"], found["within_groups_interval"]
-                add("stable SAD, better return", "rank correlation", env, value, bounds, found["runs"], more(0, bounds))
+                found = found["within_groups_spearman"], found["within_groups_interval"], found["within_groups_runs"]
+                add("stable SAD, better return", "rank correlation", env, found[:2], found[2], more(0, found[1]))
     for line in missing:
         print("left out:", line, file=sys.stderr)
     return rows
 
 
 if __name__ == "__main__":
-    print(sad.markdown(["claim", "how", "where", "ours", "runs", "verdict"], claims(HERE)))
+    print(sad.markdown(["claim", "how", "where", "ours", "above untrained", "runs", "verdict"], claims(HERE)))

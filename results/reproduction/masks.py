@@ -56,14 +56,15 @@ def main(folder: Path) -> dict:
         if path.exists():
             runs.append(sad.read_run(task.results))
             add_kept(runs[-1], path)
+            runs[-1].extra = "" if task.variant == "base" else f", {task.variant}"
         else:
             print(f"{task.name} is left out: its run folder is gone, and its masks were not kept", file=sys.stderr)
     if not runs:
         sys.exit("no run has ended yet")
-    runs, groups = sad.separate(runs), defaultdict(list)
+    groups = defaultdict(list)
     for run in sorted(runs, key=lambda run: (run.group, run.config["seed"])):
         groups[run.config["env_id"], sad.label(run.group)].append(run)
-    correlations = sad.correlate(runs, 1)
+    correlations = sad.correlate(runs)
     found = {run.name: {"notes": run.notes, "stability": run.stability, "sad": run.sad["total"]} for run in runs}
     summary = {"runs": found, "stability_and_return": correlations}
     (out / "summary.json").write_text(json.dumps(summary, indent=1))
