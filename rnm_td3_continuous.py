@@ -473,7 +473,7 @@ class NMSequential(nn.Sequential):
     @staticmethod
     def fits(modules) -> bool:
         """Whether these are such layers, without hooks: a slice, say, of such a network need not be."""
-        kinds = [None if module._forward_hooks or module._forward_pre_hooks else type(module) for module in modules]
+        kinds = [None if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks else type(m) for m in modules]
         layers, between = kinds[::2], kinds[1::2]
         native = NativeLinear in layers and {*layers} <= {NativeLinear, nn.Linear}
         return native and between == [nn.ReLU] * (len(layers) - 1)
@@ -567,10 +567,9 @@ def register_gradients() -> None:
         x, tape, *layers = ctx.saved_tensors
         need_x, need_w = ctx.needs_input_grad
         dx, dw = torch.ops.rnm_td3.mlp_backward.default(grad, x, tape, layers, need_x, any(need_w))
-        weights, sizes = [None] * len(layers), [size for v in layers[::3] for size in (v.numel(), len(v), 0)]
-        for i, part in enumerate(dw.split(sizes) if any(need_w) else ()):
-            weights[i] = part.view_as(layers[i]) if need_w[i] else None
-        return dx if need_x else None, weights
+        sizes = [size * any(need_w) for values in layers[::3] for size in (values.numel(), len(values), 0)]
+        parts = zip(dw.split(sizes), layers, need_w, strict=True)
+        return dx if need_x else None, [part.view_as(tensor) if need else None for part, tensor, need in parts]
 
     def twice(*_) -> None:
         raise RuntimeError("the native backend has no second derivatives; take masked")
@@ -719,17 +718,15 @@ def layer_options(args: Args, device: torch.device) -> dict:
 def try_products(args: Args, obs_dim: int, action_dim: int, device: torch.device) -> None:
     """One forward product of each shape that a run needs. Raises UsageError where PyTorch lacks a kernel for it."""
     hidden, dtype = args.hidden_sizes, getattr(torch, args.semi_structured_dtype)
-    for first, last in ((obs_dim, action_dim), (obs_dim + action_dim, 1)):
-        for columns, rows in pairwise((first, *hidden, last)):
-            linear = nn.utils.skip_init(nn.Linear, columns, rows, device=device)  # draws no random numbers
-            nn.init.zeros_(linear.weight)
-            layer = SemiStructuredLinear.from_linear(linear, args.n, args.m, product_dtype=dtype)
-            try:
-                for batch_size in (1, args.batch_size):
-                    layer(torch.zeros(batch_size, columns, device=device))
-            except (RuntimeError, NotImplementedError) as error:
-                reason = str(error).splitlines()[0]
-                raise UsageError(f"--backend semi_structured: {columns} x {rows}: {reason}; try auto") from error
+    for columns, rows in (*pairwise((obs_dim, *hidden, action_dim)), *pairwise((obs_dim + action_dim, *hidden, 1))):
+        linear = nn.utils.skip_init(nn.Linear, columns, rows, device=device)  # draws no random numbers
+        layer = SemiStructuredLinear.from_linear(linear, args.n, args.m, product_dtype=dtype)
+        try:
+            for batch_size in (1, args.batch_size):
+                layer(torch.zeros(batch_size, columns, device=device))
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise UsageError(f"--backend semi_structured: {columns} x {rows}: {reason}; try auto") from error
 
 
 def choose_agent(args: Args, obs_dim: int, action_dim: int, device: torch.device) -> type[TD3]:
@@ -845,16 +842,13 @@ class CheckedEnv(gym.Wrapper):
     It gets copies of actions, clipped in its own type, and gives copies of observations: it may change its arrays.
     """
 
-    def __init__(self, env: gym.Env):
-        super().__init__(env)
-        self.shape, self.space = env.observation_space.shape, env.action_space  # which wrappers are slow to give
-
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+        space = self.action_space
         try:
-            action = np.minimum(np.maximum(action.astype(self.space.dtype), self.space.low), self.space.high)
-            obs, reward, *done, info = self.env.step(action)
+            action = np.minimum(np.maximum(action.astype(space.dtype), space.low), space.high)
+            obs, reward, terminated, truncated, info = self.env.step(action)
             reward = float(np.asarray(reward).item())  # an array of one number is one, too
-            return self.checked(obs, reward), reward, *map(bool, done), info
+            return self.checked(obs, reward), reward, bool(terminated), bool(truncated), info
         except Exception as error:  # whatever an environment's own code raises
             raise EnvironmentFault(f"the environment failed in step: {error!r}") from error
 
@@ -866,8 +860,8 @@ class CheckedEnv(gym.Wrapper):
             raise EnvironmentFault(f"the environment failed in reset: {error!r}") from error
 
     def checked(self, obs: np.ndarray, reward: float = 0.0) -> np.ndarray:
-        if np.shape(obs) != self.shape:
-            raise ValueError(f"observation of shape {np.shape(obs)} instead of {self.shape}")
+        if np.shape(obs) != (shape := self.observation_space.shape):
+            raise ValueError(f"observation of shape {np.shape(obs)} instead of {shape}")
         if not (np.isfinite(obs).all() and math.isfinite(reward)):
             raise ValueError("NaN or infinity in observation or reward")
         return np.array(obs)
@@ -915,7 +909,7 @@ def on_cpu(network: nn.Module) -> nn.Module:
     return copy.deepcopy(network, dense).cpu()  # which takes these in place of copies
 
 
-class Run:
+class Run(contextlib.AbstractContextManager):
     """What surrounds a training loop: run folder, logs, evaluations, checkpoints, signals, overlap, profile.
 
     A context: leaving it saves what is to be saved, closes everything, and says where the run ended and how to go on.
@@ -929,9 +923,8 @@ class Run:
         info = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
         cpu = re.findall(r"^(?:vendor_id|cpu family|model)\t*: (.*)", info, re.MULTILINE)[:3]
         cpu.append(torch.backends.cpu.get_cpu_capability())  # by these, libraries choose their kernels
-        machine = {"device": name, "cpu": " ".join(cpu), "versions": versions}
-        machine |= {"num_threads": torch.get_num_threads(), "obs_dim": buffer.widths[0], "action_dim": buffer.widths[1]}
-        self.config = {**vars(args), **machine}
+        self.config = {**vars(args), "device": name, "cpu": " ".join(cpu), "num_threads": torch.get_num_threads()}
+        self.config |= {"versions": versions, "obs_dim": buffer.widths[0], "action_dim": buffer.widths[1]}
         self.eval_env = make_env(args.env_id)
         self.folder, lock = claim_run_folder(args)
         self.writer, self.profile, self.pool = None, cProfile.Profile(), ThreadPoolExecutor(1)
@@ -948,6 +941,8 @@ class Run:
     def start(self) -> tuple[gym.Env, np.ndarray]:
         """The environment, to be used from now on, and its first observation. Raises UsageError."""
         args = self.args
+        if args.profile:
+            self.profile.enable()
         if args.resume:
             self.restore()
         if args.capture_video:  # of a resumed run beside those before
@@ -1037,8 +1032,9 @@ class Run:
         if args.track:
             import wandb  # here, since it takes a second
 
+            name = self.folder.resolve().name  # also of `--resume .`
             options = {"project": args.wandb_project_name, "entity": args.wandb_entity, "config": self.config}
-            options |= {"name": self.folder.name, "id": re.sub(r"[^\w.-]", "_", self.folder.name), "resume": "allow"}
+            options |= {"name": name, "id": re.sub(r"[^\w.-]", "_", name), "resume": "allow"}
             try:
                 self.closing.append(wandb.init(**options, sync_tensorboard=True, save_code=True).finish)
             except Exception as error:  # no key, no network, a wrong mode
@@ -1168,11 +1164,6 @@ class Run:
 
     # ---- the end
 
-    def __enter__(self) -> Run:
-        if self.args.profile:
-            self.profile.enable()
-        return self
-
     def __exit__(self, kind, error, traceback) -> None:
         if self.writer and self.args.save_model and kind is not FloatingPointError:
             self.closing.append(lambda: save_model(self.folder / "model.pt", self.agent, self.args))
@@ -1196,8 +1187,7 @@ class Run:
         if error and self.checkpointed:
             error.add_note(advice)
         if self.signal and not error:
-            said = f"interrupted at step {self.step}; everything so far is in {self.folder}; {advice}"
-            print(f"\n{said}", file=sys.stderr)
+            print(f"\ninterrupted at step {self.step}; everything so far is in {self.folder};", advice, file=sys.stderr)
             raise KeyboardInterrupt if self.signal == signal.SIGINT else SystemExit(128 + self.signal)
 
 
@@ -1206,13 +1196,15 @@ class SparseRun(Run):
 
     def open_logs(self) -> None:
         super().open_logs()
-        path, size = self.folder / "masks.bin", self.rows["masks.bin"]
-        if (there := path.stat().st_size if path.exists() else 0) < size:
+        path, kept = self.folder / "masks.bin", self.folder / f"masks.bin.{self.step}"
+        if not kept.exists() and (path.stat().st_size if path.exists() else 0) < self.rows["masks.bin"]:
             print(f"note: {path} is missing or cut; the history goes on in a new one", file=sys.stderr)
-            if there:
-                path.rename(f"{path}.{self.step}")
-        elif there:
-            os.truncate(path, size)  # to where the checkpoint was
+            path.touch()
+            path.rename(kept)
+        if kept.exists():  # the checkpoint knows the size of that one
+            self.rows["masks.bin"] = 0
+        if path.exists():
+            os.truncate(path, self.rows["masks.bin"])  # to where the checkpoint was
         self.masks = flat_masks(self.agent)
         if not self.args.resume:
             networks = {**self.agent.networks, "total": nn.ModuleDict(self.agent.networks)}
@@ -1378,6 +1370,8 @@ def read_model(path: str | Path, backend: str = "auto") -> tuple[Actor, dict]:
         if zipfile.ZipFile(path).testzip():
             raise ValueError("a check sum is wrong")  # torch.load does not look at them
         model = torch.load(path, map_location="cpu", weights_only=True)
+        if model["format"] != MODEL_FORMAT:
+            raise ValueError(f"its format is {model['format']}")
         args, state, obs_dim, _ = model["args"], model["actor"], model["obs_dim"], model["args"]["env_id"]
         actor = Actor(obs_dim, state["action_low"], state["action_high"], args["hidden_sizes"])
         backend = choose_backend(backend, args["n"], args["m"], torch.device("cpu"), (obs_dim, *args["hidden_sizes"]))
@@ -1385,8 +1379,6 @@ def read_model(path: str | Path, backend: str = "auto") -> tuple[Actor, dict]:
         masters = {key: torch.zeros_like(value) for key, value in actor.state_dict().items() if key.endswith(".master")}
         actor.load_state_dict(masters | state)
         actor.act(np.zeros(obs_dim))
-        if model["format"] != MODEL_FORMAT:
-            raise ValueError(f"its format is {model['format']}")
         return actor, model
     except UsageError:
         raise
@@ -1431,7 +1423,7 @@ def main() -> int:
     # a full disk in TensorBoard's thread: flushing its writer raises that where a run can end with it
     threading.excepthook = lambda failure: None if issubclass(failure.exc_type, OSError) else show(failure)
     try:
-        if args.resume:  # its flags are the defaults
+        if args.resume is not None:  # its flags are the defaults
             try:
                 text = Path(args.resume, "config.json").read_bytes()
                 saved = pydantic.TypeAdapter(Args).validate_json(text, strict=True)

@@ -404,16 +404,13 @@ class CheckedEnv(gym.Wrapper):
     It gets copies of actions, clipped in its own type, and gives copies of observations: it may change its arrays.
     """
 
-    def __init__(self, env: gym.Env):
-        super().__init__(env)
-        self.shape, self.space = env.observation_space.shape, env.action_space  # which wrappers are slow to give
-
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+        space = self.action_space
         try:
-            action = np.minimum(np.maximum(action.astype(self.space.dtype), self.space.low), self.space.high)
-            obs, reward, *done, info = self.env.step(action)
+            action = np.minimum(np.maximum(action.astype(space.dtype), space.low), space.high)
+            obs, reward, terminated, truncated, info = self.env.step(action)
             reward = float(np.asarray(reward).item())  # an array of one number is one, too
-            return self.checked(obs, reward), reward, *map(bool, done), info
+            return self.checked(obs, reward), reward, bool(terminated), bool(truncated), info
         except Exception as error:  # whatever an environment's own code raises
             raise EnvironmentFault(f"the environment failed in step: {error!r}") from error
 
@@ -425,8 +422,8 @@ class CheckedEnv(gym.Wrapper):
             raise EnvironmentFault(f"the environment failed in reset: {error!r}") from error
 
     def checked(self, obs: np.ndarray, reward: float = 0.0) -> np.ndarray:
-        if np.shape(obs) != self.shape:
-            raise ValueError(f"observation of shape {np.shape(obs)} instead of {self.shape}")
+        if np.shape(obs) != (shape := self.observation_space.shape):
+            raise ValueError(f"observation of shape {np.shape(obs)} instead of {shape}")
         if not (np.isfinite(obs).all() and math.isfinite(reward)):
             raise ValueError("NaN or infinity in observation or reward")
         return np.array(obs)
@@ -473,7 +470,7 @@ def on_cpu(network: nn.Module) -> nn.Module:
     return copy.deepcopy(network).cpu()
 
 
-class Run:
+class Run(contextlib.AbstractContextManager):
     """What surrounds a training loop: run folder, logs, evaluations, checkpoints, signals, overlap, profile.
 
     A context: leaving it saves what is to be saved, closes everything, and says where the run ended and how to go on.
@@ -487,9 +484,8 @@ class Run:
         info = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
         cpu = re.findall(r"^(?:vendor_id|cpu family|model)\t*: (.*)", info, re.MULTILINE)[:3]
         cpu.append(torch.backends.cpu.get_cpu_capability())  # by these, libraries choose their kernels
-        machine = {"device": name, "cpu": " ".join(cpu), "versions": versions}
-        machine |= {"num_threads": torch.get_num_threads(), "obs_dim": buffer.widths[0], "action_dim": buffer.widths[1]}
-        self.config = {**vars(args), **machine}
+        self.config = {**vars(args), "device": name, "cpu": " ".join(cpu), "num_threads": torch.get_num_threads()}
+        self.config |= {"versions": versions, "obs_dim": buffer.widths[0], "action_dim": buffer.widths[1]}
         self.eval_env = make_env(args.env_id)
         self.folder, lock = claim_run_folder(args)
         self.writer, self.profile, self.pool = None, cProfile.Profile(), ThreadPoolExecutor(1)
@@ -506,6 +502,8 @@ class Run:
     def start(self) -> tuple[gym.Env, np.ndarray]:
         """The environment, to be used from now on, and its first observation. Raises UsageError."""
         args = self.args
+        if args.profile:
+            self.profile.enable()
         if args.resume:
             self.restore()
         if args.capture_video:  # of a resumed run beside those before
@@ -595,8 +593,9 @@ class Run:
         if args.track:
             import wandb  # here, since it takes a second
 
+            name = self.folder.resolve().name  # also of `--resume .`
             options = {"project": args.wandb_project_name, "entity": args.wandb_entity, "config": self.config}
-            options |= {"name": self.folder.name, "id": re.sub(r"[^\w.-]", "_", self.folder.name), "resume": "allow"}
+            options |= {"name": name, "id": re.sub(r"[^\w.-]", "_", name), "resume": "allow"}
             try:
                 self.closing.append(wandb.init(**options, sync_tensorboard=True, save_code=True).finish)
             except Exception as error:  # no key, no network, a wrong mode
@@ -726,11 +725,6 @@ class Run:
 
     # ---- the end
 
-    def __enter__(self) -> Run:
-        if self.args.profile:
-            self.profile.enable()
-        return self
-
     def __exit__(self, kind, error, traceback) -> None:
         if self.writer and self.args.save_model and kind is not FloatingPointError:
             self.closing.append(lambda: save_model(self.folder / "model.pt", self.agent, self.args))
@@ -754,8 +748,7 @@ class Run:
         if error and self.checkpointed:
             error.add_note(advice)
         if self.signal and not error:
-            said = f"interrupted at step {self.step}; everything so far is in {self.folder}; {advice}"
-            print(f"\n{said}", file=sys.stderr)
+            print(f"\ninterrupted at step {self.step}; everything so far is in {self.folder};", advice, file=sys.stderr)
             raise KeyboardInterrupt if self.signal == signal.SIGINT else SystemExit(128 + self.signal)
 
 
@@ -873,12 +866,12 @@ def read_model(path: str | Path) -> tuple[Actor, dict]:
         if zipfile.ZipFile(path).testzip():
             raise ValueError("a check sum is wrong")  # torch.load does not look at them
         model = torch.load(path, map_location="cpu", weights_only=True)
+        if model["format"] != MODEL_FORMAT:
+            raise ValueError(f"its format is {model['format']}")
         args, state, obs_dim, _ = model["args"], model["actor"], model["obs_dim"], model["args"]["env_id"]
         actor = Actor(obs_dim, state["action_low"], state["action_high"], args["hidden_sizes"])
         actor.load_state_dict(state)
         actor.act(np.zeros(obs_dim))
-        if model["format"] != MODEL_FORMAT:
-            raise ValueError(f"its format is {model['format']}")
         return actor, model
     except Exception as error:  # pickle, zip and torch each have errors of their own; a part may be missing or wrong
         raise UsageError(f"{path}: cannot be read as a model of this script ({MODEL_FORMAT}): {error!r}") from error
@@ -921,7 +914,7 @@ def main() -> int:
     # a full disk in TensorBoard's thread: flushing its writer raises that where a run can end with it
     threading.excepthook = lambda failure: None if issubclass(failure.exc_type, OSError) else show(failure)
     try:
-        if args.resume:  # its flags are the defaults
+        if args.resume is not None:  # its flags are the defaults
             try:
                 text = Path(args.resume, "config.json").read_bytes()
                 saved = pydantic.TypeAdapter(Args).validate_json(text, strict=True)

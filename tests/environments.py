@@ -120,6 +120,8 @@ class Faulty(Scripted):
                 time.sleep(1000)
             if fault == "returns nothing":
                 return None
+            if fault == "returns four":
+                return obs, reward, terminated, {}
             obs = {"returns NaN": obs * np.nan, "returns a wrong shape": np.zeros(3)}.get(fault, obs)
             reward = {"rewards infinity": np.inf, "rewards a word": "much"}.get(fault, reward)
         return obs, reward, terminated, truncated, info

@@ -54,6 +54,7 @@ BAD = {
     "--env-id Scripted-v0 --hidden-sizes 1000000000000000": "no memory for --hidden-sizes, --buffer-size or",
     "--evaluate model.pt --eval-episodes 0": "--eval-episodes is 0;",
     "--evaluate=": ": cannot be read",
+    "--resume=": "--resume : not a run folder of this script",
 }
 BAD_NM = {
     "--n 0": "--n is 0; give a number from 1 to 4 (--m)",

@@ -809,6 +809,7 @@ def test_nothing_of_the_environment_variables_reaches_the_files():
         ("rewards a word", "the environment failed in step: "),
         ("returns a wrong shape", "in step: ValueError('observation of shape (3,) instead of (2,)')"),
         ("returns nothing", "the environment failed in step: "),
+        ("returns four", "in step: ValueError('not enough values to unpack (expected 5, got 4)')"),
         ("raises in reset", "the environment failed in reset: ZeroDivisionError"),
     ],
 )

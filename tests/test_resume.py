@@ -327,6 +327,29 @@ def test_a_mask_history_that_is_cut_is_said_and_goes_on_in_a_new_file(capsys):
     assert "masks.bin is missing or cut" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("total", [66, 90])  # the new history is then shorter, or longer, than what it follows
+def test_a_mask_history_that_is_cut_survives_a_second_crash(total, capsys):
+    """Killed before the next checkpoint: that of step 60 still has the size of the history that was cut."""
+    settings = {**SMALL, "mask_update_interval": 5, "learning_rate": 1e-2}
+    _, _, folder = rnm.train(rnm.Args(**settings))
+    whole = (folder / "masks.bin").read_bytes()
+    (folder / "masks.bin").write_bytes(whole[:-7])
+    for total_timesteps in (total, 75):
+        args = rnm.Args(**{**settings, "total_timesteps": total_timesteps}, resume=str(folder))
+        agent, _, _ = rnm.train(args)
+        for path in folder.glob("checkpoints/*.pt"):
+            if path.stem > "000000060":
+                path.unlink()
+    assert capsys.readouterr().err.count("masks.bin is missing or cut") == 1
+    assert (folder / "masks.bin.60").read_bytes() == whole[:-7]
+    _, _, rows = sad_analysis.read_masks(folder, 5, notes := [])
+    assert [update for _, update, _ in rows] == [45, 50, 55] and not notes
+    masks = np.zeros_like(rnm.flat_masks(agent))
+    for *_, changed in rows:
+        masks[changed] ^= True
+    assert (masks == rnm.flat_masks(agent)).all()
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_seconds_are_those_of_training_and_go_on(script, monkeypatch):
     """Evaluations are left out, earlier parts count; steps per second are of the process alone."""
