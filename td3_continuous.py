@@ -577,7 +577,7 @@ class Run(contextlib.AbstractContextManager):
         self.write_row("evaluations.csv", *returns, self.last_evaluation, std)
         self.scalars({"eval/episodic_return": self.last_evaluation, "eval/episodic_return_std": std})
 
-    def check_finite(self, name: str, *values: np.ndarray) -> None:
+    def check_finite(self, name: str, *values: float | np.ndarray) -> None:
         """Raises FloatingPointError with the step, the networks and what to try if a value is not finite."""
         if not all(np.isfinite(value).all() for value in values):
             networks = self.agent.networks.items()
@@ -624,6 +624,7 @@ class Run(contextlib.AbstractContextManager):
 
     def scalars(self, values: dict[str, float]) -> None:
         for name, value in values.items():
+            self.check_finite(name, value)
             self.writer.add_scalar(name, value, self.step)
 
     def log_losses(self, update: int, qf1_values: torch.Tensor, qf2_values: torch.Tensor, target_q: torch.Tensor):
@@ -636,10 +637,8 @@ class Run(contextlib.AbstractContextManager):
         if update >= self.args.policy_frequency:
             losses["actor_loss"] = self.agent.actor_loss
         losses = {f"losses/{name}": value.item() for name, value in losses.items()}
-        for name, value in losses.items():
-            self.check_finite(name, value)
-        self.check_finite("actor", *(parameter.detach().cpu().numpy() for parameter in self.agent.actor.parameters()))
         self.scalars(losses)
+        self.check_finite("actor", *(parameter.detach().cpu().numpy() for parameter in self.agent.actor.parameters()))
 
     def log_progress(self) -> None:
         """Steps/s of this process. On a terminal one line, written over and over; else a line each minute."""
@@ -659,10 +658,11 @@ class Run(contextlib.AbstractContextManager):
         return [owner.np_random.bit_generator for owner in (self.env.unwrapped, self.env.action_space)]
 
     def checkpoint(self) -> None:
-        """All that the next step depends on. For want of room there is a warning, and the checkpoint before is kept."""
+        """All that the next step depends on. Without room, a warning. Raises FloatingPointError for NaN in it."""
         self.due_since, agent = None, self.agent
         if not self.args.checkpoint_interval or not self.buffer.size or self.checkpointed == self.step:
             return
+        self.check_finite("checkpoint", *(p.detach().cpu().numpy() for p in nn.ModuleDict(agent.networks).parameters()))
         state = {"config": self.config, "step": self.step, "episode_over": self.episode_over, "rows": dict(self.rows)}
         state |= {"seconds": time.monotonic() - self.clock, "last": [self.last_return, self.last_evaluation]}
         state |= {"networks": {name: network.state_dict() for name, network in agent.networks.items()}}

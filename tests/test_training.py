@@ -450,6 +450,27 @@ def test_a_broken_policy_is_not_played(script, changes, monkeypatch):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
+def test_a_broken_critic_does_not_replace_a_whole_checkpoint(script, monkeypatch):
+    """The losses are looked at once in 100 updates, and the actor may not have followed yet."""
+    changes = {"checkpoint_interval": 10, "policy_frequency": 1000, "eval_interval": 0, "total_timesteps": 100}
+    changes |= {"backend": "masked"} if script is rnm else {}
+    update_critics = TRAINED[script].update_critics
+
+    def breaks(self, batch):
+        values = update_critics(self, batch)
+        next(self.qf2.parameters()).data.view(-1)[3] = torch.nan
+        return values
+
+    monkeypatch.setattr(TRAINED[script], "update_critics", breaks)
+    with pytest.raises(FloatingPointError, match=r"not finite: checkpoint, networks \['qf2'\]") as failure:
+        script.train(script.Args(**{**SMALL, **changes}))
+    (folder,) = Path("runs").iterdir()
+    newest = max(folder.glob("checkpoints/*.pt"))
+    assert torch.load(newest)["networks"]["qf2"]["net.0.bias"].isfinite().all() and int(newest.stem) <= 20
+    assert f"goes on from step {int(newest.stem)}" in failure.value.__notes__[0]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_logged_losses(script, monkeypatch):
     """Once in 100 updates, before evaluations and at the end: means of what the updates return, and their errors."""
     seen, actor_losses = {}, {}
