@@ -247,7 +247,7 @@ def run_command(task: Task, command: list[str]) -> None:
         try:
             while (code := process.poll()) is None:
                 time.sleep(0.2)  # `wait` would not be interrupted by Ray's cancel
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemExit):
             process.terminate()  # the run writes a checkpoint
             process.wait()
             raise
@@ -676,7 +676,7 @@ def sweep(args: Args) -> int:
     if args.task is not None:
         if not 0 <= args.task < len(tasks):
             raise UsageError(f"--task {args.task}: give a number from 0 to {len(tasks) - 1}")
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # Slurm's, too, lets the run write its checkpoint
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # Slurm's: the run writes a checkpoint
         run_task(tasks[args.task])
         return 0
     if args.list:

@@ -304,7 +304,7 @@ def test_a_task_that_slurm_ends_writes_its_checkpoint_first():
         assert worker.poll() is None
         time.sleep(0.05)
     worker.send_signal(signal.SIGTERM)
-    assert worker.wait(60) == 130 and sweep.checkpoint(task.folder) >= 60
+    assert worker.wait(60) == 143 and sweep.checkpoint(task.folder) >= 60
 
 
 def test_dry_run_and_list_do_nothing():
