@@ -29,7 +29,8 @@ def measure(command: str, threads: int, first: int) -> float:
 
     with tempfile.TemporaryDirectory() as folder:
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-        environment["XLA_FLAGS"] = f"--xla_cpu_multi_thread_eigen={str(threads > 1).lower()}"
+        both = f"--xla_cpu_multi_thread_eigen={str(threads > 1).lower()}"
+        environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {both}"
         run = subprocess.run(shlex.split(command), cwd=folder, env=environment, capture_output=True, text=True)
         if run.returncode:
             sys.exit(f"{command}\n{run.stderr[-2000:]}")
