@@ -83,6 +83,18 @@ def test_what_an_optimizer_holds_of_rows_and_columns_stays_as_it_is():
     assert torch.equal(optimizer.state[layer.values]["row_var"], before)
 
 
+def test_moments_have_one_master_where_all_weights_are_active():
+    """There values, moments and masters have the same shape."""
+    layer = NMLinear(8, 4, n=4, m=4)
+    optimizer = torch.optim.Adam(layer.parameters())
+    layer(torch.randn(3, 8)).sum().backward()
+    optimizer.step()
+    for _ in range(2):
+        layer.project(optimizer)
+    moments = {"exp_avg", "exp_avg_sq"}
+    assert set(optimizer.state[layer.values]) == {"step", *moments, *(f"{name}_master" for name in moments)}
+
+
 def test_is_initialised_as_linear():
     torch.manual_seed(3)
     linear = nn.Linear(20, 6)
