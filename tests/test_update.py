@@ -123,7 +123,8 @@ class Reference:
 
 
 def make_agent(**changes):
-    args = Args(hidden_sizes=(16, 12), learning_rate=1e-2, tau=0.1, mask_update_interval=3, **changes)
+    noise = {"policy_noise": 1.0, "noise_clip": 1.5}  # both the noise and the next action meet their bounds
+    args = Args(hidden_sizes=(16, 12), learning_rate=1e-2, tau=0.1, mask_update_interval=3, **noise, **changes)
     torch.manual_seed(0)
     return TD3(OBS, LOW, HIGH, args, torch.device("cpu")), args
 
@@ -162,8 +163,10 @@ def test_update_equals_reference(float64, n, m, init, critic_m, target_mask, den
         tensors = Batch(*(torch.from_numpy(part) for part in batch))
         agent.update_critics(tensors)
         if count % args.policy_frequency == 0:
+            gradients = [parameter.grad.clone() for parameter in agent.qf1.parameters()]
             agent.update_actor(tensors.obs)
             agent.update_targets()
+            assert all(map(torch.equal, gradients, [parameter.grad for parameter in agent.qf1.parameters()]))
         if count % args.mask_update_interval == 0:
             total_sad += sum(agent.project().values())
         reference.update(count, batch, noise)
