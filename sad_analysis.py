@@ -761,7 +761,12 @@ def analyse(args: Args) -> dict:
     ended = {key: [run for run in group if run.finished] for key, group in groups.items()}
     ended = {key: group for key, group in ended.items() if group}
     length = {key: group[0].config["total_timesteps"] for key, group in ended.items()}
-    dense = {(env, kind): ended[env, "dense"] for env, kind in ended if length.get((env, "dense")) == length[env, kind]}
+    dense = {}
+    for env, kind in ended:
+        theirs = [key for key in ended if key[0] == env and key[1].startswith("dense")]
+        alike = [ended[key] for key in theirs if length[key] == length[env, kind]]
+        if len(alike) == 1:  # of several that differ in a flag, none is the one to compare with
+            dense[env, kind] = alike[0]
     estimates = {", ".join(key): estimate([final(group)], args.seed) for key, group in ended.items()}
     estimates |= {f"all, ratio to dense, {k}": found for k, found in across(ended, dense, args.seed)[1].items()}
     summary |= {"groups": estimates, "stability_and_return": correlate(runs)}

@@ -104,7 +104,15 @@ class Task:
         return max(found, key=lambda path: (last_evaluation(path) >= self.total_timesteps, checkpoint(path), str(path)))
 
     def finished(self) -> bool:
-        return max(last_evaluation(self.results), last_evaluation(self.folder)) >= self.total_timesteps
+        return last_evaluation(self.results) >= self.total_timesteps or self.ended()
+
+    def ended(self) -> bool:
+        """Its run folder has all that was asked for: a kill or a full disk may cost the model, which comes last."""
+        model, log = (self.folder / name for name in ("model.pt", "evaluations.csv"))
+        if last_evaluation(self.folder) < self.total_timesteps:
+            return False
+        asked = "save-model" in names_in(self.flags)
+        return not asked or (model.exists() and model.stat().st_mtime >= log.stat().st_mtime)
 
     def fresh_command(self) -> list[str]:
         command = [sys.executable, str(self.script), "--env-id", self.env_id, "--seed", str(self.seed)]
@@ -267,13 +275,13 @@ def last_line(path: Path) -> str:
 
 def copy_results(task: Task) -> None:
     """The small files of a run, so that neither a report nor a finished run needs its folder."""
+    if not task.finished():
+        raise Failed(f"the last evaluation of {task.name}, or its model, is missing below {task.work}/runs")
     if last_evaluation(task.folder) > last_evaluation(task.results):
         task.results.mkdir(parents=True, exist_ok=True)
         for name in ("config.json", "evaluations.csv"):
             shutil.copyfile(task.folder / name, task.results / f"{name}.incomplete")
             os.replace(task.results / f"{name}.incomplete", task.results / name)
-    if not task.finished():
-        raise Failed(f"the last evaluation of {task.name} is missing below {task.work}/runs")
 
 
 # ---------------------------------------------------------------- all runs
@@ -408,6 +416,7 @@ exec {shlex.join(words)} --task "$SLURM_ARRAY_TASK_ID" >> "$log" 2>&1
 
 PLAN = pydantic.TypeAdapter(dict[str, tuple[str, str, int, int, list[str], str]])
 NEVER = 1e9  # hours
+SEEDS_DIFFER = sad.ALIKE - {"mask_update_interval"} | {"total_timesteps"}  # or may: in no more than these flags
 
 
 def read_plan(out: Path) -> dict[str, Task]:
@@ -431,8 +440,12 @@ def read_results(plan: dict[str, Task]) -> tuple[dict[tuple[str, str], list[Run]
                 raise ValueError("not finished yet")
             run, goal = sad.read_run(task.results), goals[task.env_id]
             weights(run.config), while_learning(run)  # raise where its numbers are damaged
-            if not len(run.steps) or run.steps[-1] < goal:
+            if not len(run.steps) or run.steps[-1] != goal:
                 raise ValueError(run.notes[0] if run.notes else f"at step {run.steps[-1]} of {goal}")
+            for other in results.get((task.env_id, task.title), [])[:1]:
+                for flag in sorted((run.config.keys() & other.config.keys()) - SEEDS_DIFFER):
+                    if run.config[flag] != other.config[flag]:  # no seeds of the same
+                        raise ValueError(f"{flag} is {run.config[flag]}, {other.config[flag]} in {other.name}")
             results[task.env_id, task.title].append(run)
         except Exception as error:  # no damage to one run may cost the rest
             missing.append(f"{name}: {error if type(error) is ValueError else repr(error)}")
@@ -593,7 +606,8 @@ def report(out: Path) -> str:
         mine, found = {kind: runs for (e, kind), runs in results.items() if e == env}, {}
         clock = min(np.mean([run.seconds[-1] for run in runs]) for runs in mine.values())
         for kind, runs in mine.items():
-            others = references.get((env, kind)), best[env] if len(dense[env]) > 1 else None
+            needed = len(dense[env]) > 1 or any((env, other) not in references for other in mine)
+            others = references.get((env, kind)), best.get(env) if needed else None
             found[kind] = figures(runs, *[mine.get(other) for other in others], clock)
             for name, (value, bounds) in found[kind].items():
                 numbers = [number(name, x, ".6g") for x in (value, *(bounds or ()))]
@@ -611,6 +625,8 @@ def report(out: Path) -> str:
         parts += ["each environment (stratified), dense too."]
         left_out = ", ".join(env for env in envs if env not in usable)
         parts += [f"Left out, without dense runs of positive return: {left_out}.\n" if left_out else ""]
+        absent = "; ".join(dict.fromkeys(kind for env, kind in results if env in usable and kind not in estimates))
+        parts += [f"Left out, not in all of these environments: {absent}.\n" if absent else ""]
         for kind, found in estimates.items():
             for average in ("mean", "iqm"):
                 numbers = [f"{x:.6g}" for x in (found[average], *(found[f"{average}_interval"] or ()))]

@@ -138,6 +138,9 @@ def test_the_table(monkeypatch):
     assert rows["1:8 competes (at least 0.8)", "best step sizes, critics of 1:4", "HalfCheetah-v5"][0] == "0.45"
     best = {key: row[0] for key, row in rows.items() if key[1] == "best step sizes"}
     assert best == {("1:8 competes (at least 0.8)", "best step sizes", "Ant-v5"): "1.50"}
+    shutil.rmtree(folder / "runs/HalfCheetah-v5__dense__best__1")
+    at_best = [key for key in claims.claims(folder) if key[1].startswith("best step sizes")]
+    assert {row[2] for row in at_best} == {"Ant-v5"}  # on HalfCheetah-v5 dense at its best has not ended
     recipe, both = "the recipe, 3e-4", "mean of 2 environments"
     ours, above, runs, verdict = rows["2:4 is 1.14 of dense", recipe, "Ant-v5"]
     assert ours.startswith("1.14 [1.0") and ours == above and (runs, verdict) == ("3", "confirmed")
@@ -194,7 +197,9 @@ def test_what_masks_say_outlives_the_run_folders(capsys):
             shutil.copy(run / name, folder / f"runs/Scripted-v0__2_4__{seed}/{name}")
         whole.append(sad.read_run(run))
         sad.add_history(whole[-1], 10)
+    rnm.train(rnm.Args(**small, mask_update_interval=0, seed=3, exp_name="study__2_4", hidden_sizes=(8, 8)))
     before = masks.main(folder)
+    assert "Scripted-v0__2_4__3 is left out: its masks never change" in capsys.readouterr().err
     shutil.rmtree("runs")
     assert masks.main(folder) == before == json.loads((folder / "sad/summary.json").read_text())
     assert "Scripted-v0__2_4__3 is left out: its run folder is gone" in capsys.readouterr().err
@@ -238,14 +243,18 @@ def test_policies_are_of_median_seeds_and_play(monkeypatch):
     with monkeypatch.context() as changed, pytest.raises(ValueError, match="more than 40000"):
         changed.setattr(policies, "LIMIT", 40_000)
         policies.main(folder, Path("policies"))
-    shutil.rmtree("runs")
+    shutil.move("runs", "moved")
     shutil.rmtree("policies")
     policies.main(folder, Path("policies"))  # from the actors that were kept
     assert len(list(Path("policies").iterdir())) == 2
     evaluations = folder / "runs/InvertedPendulum-v5__1_8__2/evaluations.csv"
     evaluations.write_text("\n".join(evaluations.read_text().splitlines()[:-1]))
     shutil.rmtree("policies")
-    policies.main(folder, Path("policies"))  # one run has not ended
+    shutil.rmtree(folder / "actors")
+    shutil.move("moved", "runs")
+    policies.main(folder, Path("policies"))  # one run has not ended: its model is of an interruption
+    actors = {path.stem for path in (folder / "actors").iterdir()}
+    assert len(actors) == 7 and "InvertedPendulum-v5__1_8__2" not in actors
     assert [path.name for path in Path("policies").iterdir()] == ["InvertedPendulum-v5__dense.pt"]
 
 

@@ -407,6 +407,13 @@ def test_of_two_runs_with_a_seed_the_newer_counts_and_dense_ones_are_as_long(rea
     config.write_text(config.read_text().replace('"A"', '"B"'))
     summary = sad.analyse(sad.Args(("runs",), out="out"))
     assert summary["groups"]["all, ratio to dense, 2:4, masks fixed"]["mean"] == 1
+    shutil.copytree("runs/Adense", "runs/longer")
+    for file in ("config.json", "evaluations.csv"):
+        path = Path("runs/longer", file)
+        path.write_text(path.read_text().replace("100", "200"))
+    summary = sad.analyse(sad.Args(("runs",), out="out"))
+    assert "A, dense, total_timesteps 200" in summary["groups"]  # does not hide the one of the same length
+    assert summary["groups"]["all, ratio to dense, 2:4, masks fixed"]["mean"] == 1
 
 
 def test_the_heat_map_of_an_unfinished_run_ends_with_its_last_masks(real_runs, monkeypatch):

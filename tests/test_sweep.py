@@ -264,6 +264,40 @@ def test_runs_of_different_lengths_are_not_compared(monkeypatch):
     results, missing = sweep.read_results(sweep.read_plan(Path("out")))
     assert [key[0] for key in results] == ["B"]
     assert missing == [f"A__dense__{seed}: at step 100 of 101" for seed in range(3)]
+    plan["A__dense__1"][3], plan["B__dense__0"][3] = 100, 99  # was made longer by hand
+    Path("out/sweep.json").write_text(json.dumps(plan))
+    results, missing = sweep.read_results(sweep.read_plan(Path("out")))
+    assert [key[0] for key in results] == ["A"] and missing == ["B__dense__0: at step 100 of 99"]
+
+
+def test_seeds_of_one_kind_have_the_same_flags():
+    made_up("out", {("A", "1:4"): [1.0, 2.0, 3.0], ("B", "1:4"): [5.0]})
+    for changes, reason in (({"cpu": "another", "seed": 9}, None), ({"mask_update_interval": 9}, "9, 10"), ({}, None)):
+        path = Path("out/runs/A__1_4__1/config.json")
+        before = path.read_text()
+        path.write_text(json.dumps(json.loads(before) | changes))
+        results, missing = sweep.read_results(sweep.read_plan(Path("out")))
+        assert len(results["A", "1:4"]) == (2 if reason else 3)
+        named = [f"A__1_4__1: mask_update_interval is {reason} in A__1_4__0"] if reason else []
+        assert missing == named
+        path.write_text(before)
+
+
+def test_a_run_has_not_ended_before_its_model_is_there():
+    """As after a full disk, or a kill between the last evaluation and the model."""
+    task = tasks(flags=f"{TINY} --save-model")[0]
+    sweep.run_task(task)
+    assert sweep.state_of(task) == "finished"
+    shutil.rmtree(task.results)
+    model = task.folder / "model.pt"
+    old = model.stat().st_mtime - 100
+    os.utime(model, (old, old))  # left by an interruption before the end
+    assert sweep.state_of(task) == "interrupted, goes on from step 200"
+    model.unlink()
+    with pytest.raises(sweep.Failed, match="or its model, is missing below"):
+        sweep.copy_results(task)
+    sweep.run_task(task)
+    assert model.exists() and sweep.state_of(task) == "finished" and task.results.exists()
 
 
 @pytest.mark.slow
@@ -449,6 +483,10 @@ def test_report_compares_variants_with_their_dense_runs_and_the_best():
             plan[name][4] = ["--dense-layers", "last", "--tau", ".1", "--init=linear"]
     Path("out/sweep.json").write_text(json.dumps(plan))
     assert column(sweep.report(Path("out")), "A", "1:8, .3", "ratio to dense").startswith("2.00 [")
+    made_up("one", {("A", "dense"): [10.0, 20], ("A", "1:4"): [30.0, 30], ("A", "1:4, .3"): [45.0, 45]})
+    text = sweep.report(Path("one"))  # whose flags no dense runs have: compared with the only ones
+    assert column(text, "A", "1:4, .3", "ratio to dense") == ""
+    assert column(text, "A", "1:4, .3", "ratio to the best dense").startswith("3.00 [")
 
 
 def test_the_best_dense_runs_are_those_of_each_environment():
@@ -457,7 +495,9 @@ def test_the_best_dense_runs_are_those_of_each_environment():
     text = sweep.report(Path("out"))
     for word, ratio in (("dense", "2.00"), ("the best dense", "1.00")):
         block = text.split(f"## A, B: ratio to the mean of {word}\n")[1].split("\n## ")[0]
-        assert f"| 1:4, .1 | 4 | {ratio} [" in block
+        assert f"| 1:4, .1 | 4 | {ratio} [" in block and "Left out" not in block
+    made_up("few", values | {("B", kind): [2.0, 3] for kind in ("dense, .1", "dense, .2")})
+    assert sweep.report(Path("few")).count("Left out, not in all of these environments: 1:4, .1.\n") == 2
 
 
 def test_curves_go_over_steps_and_hours(monkeypatch):

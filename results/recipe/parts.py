@@ -106,6 +106,8 @@ def ratio(results: dict, keys: list[tuple[str, str]], base: str = "dense") -> st
         groups.setdefault(to, []).append(sad.final(results[env, kind]))
     if keys == [*groups]:
         return "1"
+    if any(len({*map(len, group)}) > 1 for group in groups.values()):  # some seeds have not ended
+        return ""
     samples = [np.mean(group, axis=0) for group in groups.values()]
     found = sad.estimate(samples, 1, [sad.final(results[to]) for to in groups])
     return sad.with_interval(found["mean"], found["mean_interval"], ".2f")

@@ -27,7 +27,8 @@ def keep(run: sad.Run, path: Path) -> None:
         path.with_suffix(".csv"), header, zip(history.steps, history.updates, *tables[0], *tables[1], strict=True)
     )
     about = {"entries": counts[0], "active": counts[1], "stability": run.stability, "sad": run.sad["total"]}
-    path.with_suffix(".json").write_text(json.dumps(about | {"notes": run.notes}, indent=1))
+    (incomplete := path.with_suffix(".incomplete")).write_text(json.dumps(about | {"notes": run.notes}, indent=1))
+    incomplete.replace(path.with_suffix(".json"))
 
 
 def add_kept(run: sad.Run, path: Path) -> None:
@@ -50,15 +51,19 @@ def main(folder: Path) -> dict:
     for task in sweep.read_plan(folder).values():
         if task.pattern == "dense" or sweep.last_evaluation(task.results) < task.total_timesteps:
             continue
-        if not (path := out / f"{task.name}.json").exists() and task.folder.exists():
+        path, reason = out / f"{task.name}.json", "its run folder is gone, and its masks were not kept"
+        if not path.exists() and task.folder.exists():
             sad.add_history(run := sad.read_run(task.folder), 2)
-            keep(run, path)
+            if run.history:
+                keep(run, path)
+            else:
+                reason = run.notes[-1]
         if path.exists():
             runs.append(sad.read_run(task.results))
             add_kept(runs[-1], path)
             runs[-1].extra = "" if task.variant == "base" else f", {task.variant}"
         else:
-            print(f"{task.name} is left out: its run folder is gone, and its masks were not kept", file=sys.stderr)
+            print(f"{task.name} is left out: {reason}", file=sys.stderr)
     if not runs:
         sys.exit("no run has ended yet")
     groups = defaultdict(list)

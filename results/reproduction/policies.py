@@ -48,7 +48,8 @@ def main(folder: Path, out: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     for name, tasks in groups(folder).items():
         for task in tasks:
-            if (model := task.folder / "model.pt").exists():
+            ended = sweep.last_evaluation(task.results) >= task.total_timesteps  # Ctrl-C leaves a model, too
+            if ended and (model := task.folder / "model.pt").exists():
                 (folder / f"actors/{task.name}.pt").write_bytes(without_critics(model))
         if all(sweep.last_evaluation(task.results) >= task.total_timesteps for task in tasks):
             chosen = median(tasks)
