@@ -167,7 +167,7 @@ def networks(sizes: tuple[int, ...], batch: int, patterns: list[tuple[int, int]]
     nets = {("nn.Linear", "dense"): plain}
     for n, m in patterns:
         nets["masked", f"{n}:{m}"] = sparsify(copy.deepcopy(plain), n, m)
-        if device.type == "cpu" and load_kernels() is None:
+        if device.type == "cpu" and max(sizes) <= 65536 and load_kernels() is None:
             nets["ours (native)", f"{n}:{m}"] = sparsify(copy.deepcopy(plain), n, m, backend="native")
     out = {}
     for key, net in nets.items():
@@ -205,7 +205,7 @@ def rivals(columns: int, rows: int, batch: int, patterns: list[tuple[int, int]],
         if device.type == "cpu":
             if torch.backends.mkl.is_available():
                 out["PyTorch CSR", pattern] = compressed_rows(plain, x, b, g), w, plain.index
-            if load_kernels() is None:
+            if max(columns, rows) <= 65536 and load_kernels() is None:
                 ours = NativeLinear.from_linear(layer, n, m)
                 out["ours (native)", pattern] = native(ours, x, b, g), w, plain.index
         else:

@@ -96,9 +96,9 @@ class Args:
     mask_update_interval: int = 1000  # K: critic updates between projections of all networks (0 = masks never change)
     target_mask: Literal["own", "online"] = "own"  # targets' masks: projection of their own weights, or online's masks
     dense_layers: Literal["none", "first", "last", "first,last"] = "last"  # layers of every network that stay dense
-    init: Literal["variance", "linear"] = "variance"  # start of N:M layers: as nn.Linear, or scaled to its variance
+    init: Literal["variance", "linear"] = "variance"  # start of N:M layers: of nn.Linear's variance, or as nn.Linear
     backend: Literal["auto", "masked", "native", "semi_structured"] = "auto"  # auto: native on a CPU if 2N <= M
-    semi_structured_dtype: Literal["bfloat16", "float16"] = "bfloat16"  # of its 2:4 products (1:2 has float32 alone)
+    semi_structured_dtype: Literal["bfloat16", "float16"] = "bfloat16"  # of semi_structured's 2:4 (its 1:2 is float32)
     save_masks: bool = True  # write all masks to `masks.bin` in the run folder, at the start and at every projection
 
 
@@ -395,7 +395,7 @@ def train(args: Args) -> tuple[TD3, ReplayBuffer, Path]:
     buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim)
 
     with SparseRun(args, agent, buffer, env, device) as run:  # folder, logs, evaluations, checkpoints, signals
-        env, obs = run.start()  # env is filmed, if asked for; obs is that of its first reset
+        obs = run.start()  # that of the first reset
         for step in run.steps():
             # act: the environment steps when `finish_step` is called, or in a thread until then (--overlap)
             if step <= args.learning_starts:
@@ -473,7 +473,8 @@ class NMSequential(nn.Sequential):
     @staticmethod
     def fits(modules) -> bool:
         """Whether these are such layers, without hooks: a slice, say, of such a network need not be."""
-        kinds = [None if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks else type(m) for m in modules]
+        hooks = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+        kinds = [None if any(map(vars(m).get, hooks)) else type(m) for m in modules]
         layers, between = kinds[::2], kinds[1::2]
         native = NativeLinear in layers and {*layers} <= {NativeLinear, nn.Linear}
         return native and between == [nn.ReLU] * (len(layers) - 1)
@@ -792,12 +793,11 @@ class UsageError(Exception):
 
 def check_args(args: Args) -> None:
     """Refuse arguments that make no sense, before any work. Raises UsageError."""
-    limits = dict.fromkeys(["total_timesteps", "buffer_size", "policy_frequency", "eval_episodes"], (1, math.inf))
+    limits = dict.fromkeys(["total_timesteps", "buffer_size", "policy_frequency", "eval_episodes", "m"], (1, math.inf))
     limits |= dict.fromkeys(["policy_noise", "exploration_noise", "noise_clip", "learning_rate"], (0, math.inf))
-    limits |= dict.fromkeys(["eval_interval", "checkpoint_interval"], (0, math.inf))
-    limits |= {"gamma": (0, 1), "tau": (0, 1), "seed": (0, 2**31), "batch_size": (1, args.buffer_size)}
-    limits |= {"learning_starts": (0, args.total_timesteps), "mask_update_interval": (0, math.inf)}
-    limits |= {"m": (1, math.inf), "n": (1, args.m), "critic_m": (args.n * bool(args.critic_m), math.inf)}
+    limits |= dict.fromkeys(["eval_interval", "checkpoint_interval", "mask_update_interval"], (0, math.inf))
+    limits |= {"gamma": (0, 1), "tau": (0, 1), "n": (1, args.m), "critic_m": (args.n * bool(args.critic_m), math.inf)}
+    limits |= {"seed": (0, 2**31), "batch_size": (1, args.buffer_size), "learning_starts": (0, args.total_timesteps)}
     reasons = {"batch_size": " (--buffer-size)", "learning_starts": " (--total-timesteps)", "n": " (--m)"}
     for name, (low, high) in limits.items():
         value, flag = getattr(args, name), f"--{name.replace('_', '-')}"
@@ -826,7 +826,7 @@ def enough_memory(flags: str = "--hidden-sizes, --buffer-size or --batch-size") 
         known = re.search("MemoryError|to allocate|out of memory|overflow|argument .*size", repr(error))
         if not known or hasattr(error, "__notes__"):  # a run that got far needs no other flags
             raise
-        raise UsageError(f"no memory for {flags}; lower them: {error!r}") from error
+        raise UsageError(f"no memory for {flags}; lower them: {error!r:.200}") from error
 
 
 # ---------------------------------------------------------------- environments
@@ -839,7 +839,7 @@ class EnvironmentFault(Exception):
 class CheckedEnv(gym.Wrapper):
     """Raises EnvironmentFault where an environment raises, or returns a wrong shape, NaN or infinity.
 
-    It gets copies of actions, clipped in its own type, and gives copies of observations: it may change its arrays.
+    It gets copies of actions, clipped in its own type, and gives float32 copies of observations: it may change both.
     """
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
@@ -860,11 +860,11 @@ class CheckedEnv(gym.Wrapper):
             raise EnvironmentFault(f"the environment failed in reset: {error!r}") from error
 
     def checked(self, obs: np.ndarray, reward: float = 0.0) -> np.ndarray:
-        if np.shape(obs) != (shape := self.observation_space.shape):
-            raise ValueError(f"observation of shape {np.shape(obs)} instead of {shape}")
+        if (obs := np.array(obs, np.float32)).shape != (shape := self.observation_space.shape):  # as in the buffer
+            raise ValueError(f"observation of shape {obs.shape} instead of {shape}")
         if not (np.isfinite(obs).all() and math.isfinite(reward)):
             raise ValueError("NaN or infinity in observation or reward")
-        return np.array(obs)
+        return obs
 
 
 def make_env(env_id: str, capture_video: bool = False) -> gym.Env:
@@ -878,10 +878,10 @@ def make_env(env_id: str, capture_video: bool = False) -> gym.Env:
         hint = "; to render without a screen, try MUJOCO_GL=egl" if capture_video else ""
         raise UsageError(f"--env-id {env_id}: cannot be made{hint}: {error!r}") from error
     obs, action = env.observation_space, env.action_space
-    if not isinstance(obs, gym.spaces.Box):
-        raise UsageError(f"--env-id {env_id}: observations are {type(obs).__name__}; choose an environment with Box")
-    continuous = isinstance(action, gym.spaces.Box) and action.dtype.kind == "f"
-    if not continuous or len(action.shape) != 1 or not action.is_bounded():
+    if not isinstance(obs, gym.spaces.Box) or 0 in obs.shape:
+        raise UsageError(f"--env-id {env_id}: observations are {type(obs).__name__}; TD3 needs a Box that is not empty")
+    continuous = isinstance(action, gym.spaces.Box) and action.dtype in (np.float16, np.float32, np.float64)
+    if not continuous or len(action.shape) != 1 or 0 in action.shape or not action.is_bounded():
         raise UsageError(f"--env-id {env_id}: actions are {action}; TD3 needs a bounded, one-dimensional Box of floats")
     return CheckedEnv(env if len(obs.shape) == 1 else gym.wrappers.FlattenObservation(env))
 
@@ -930,35 +930,34 @@ class Run(contextlib.AbstractContextManager):
         self.writer, self.profile, self.pool = None, cProfile.Profile(), ThreadPoolExecutor(1)
         self.closing = [lock.release, self.eval_env.close, env.close, self.pool.shutdown]  # the last one first
         self.checkpoints, self.checkpointed, self.due_since = Checkpoints(self.folder / "checkpoints"), None, None
-        self.step, self.episodic_return, self.episodic_length, self.episode_over = 0, 0.0, 0, True
+        self.step, self.first_step, self.episodic_return, self.episode_steps = 0, 0, 0.0, 0
         self.last_return, self.last_evaluation, self.rows = math.nan, math.nan, Counter()
-        self.first_step, self.started = 0, time.monotonic()
-        self.clock = self.last_line = self.started  # the clock stands still in evaluations
+        self.started = self.clock = self.last_line = time.monotonic()  # the clock stands still in evaluations
         self.signal, self.deadline, self.handlers, self.stopped = 0, math.inf, {}, False
 
     # ---- the loop
 
-    def start(self) -> tuple[gym.Env, np.ndarray]:
-        """The environment, to be used from now on, and its first observation. Raises UsageError."""
+    def start(self) -> np.ndarray:
+        """The first observation. Raises UsageError."""
         args = self.args
         if args.profile:
             self.profile.enable()
         if args.resume:
             self.restore()
         if args.capture_video:  # of a resumed run beside those before
-            prefix = f"rl-video-resumed-{self.step}" if args.resume else "rl-video"
-            self.env = gym.wrappers.RecordVideo(self.env, str(self.folder / "videos"), name_prefix=prefix)
-            self.closing.append(self.env.close)
+            videos = self.folder / "videos" / (f"resumed-{self.step}" if args.resume else "")
+            self.env.env = gym.wrappers.RecordVideo(self.env.env, str(videos))
         obs, _ = self.env.reset(seed=None if args.resume else args.seed)
+        if args.checkpoint_interval and not isinstance(self.env.unwrapped.np_random, np.random.Generator):
+            raise EnvironmentFault("its np_random is no NumPy Generator, to be kept; give --checkpoint-interval 0")
         self.open_logs()
         if threading.current_thread() is threading.main_thread():
             for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
                 if signal.getsignal(number) is not signal.SIG_IGN:  # as `nohup` and a shell's `&` set it
                     self.handlers[number] = signal.signal(number, self.receive)
-        resumed = f", resumed at step {self.step}" if args.resume else ""
-        machine = f"{self.device}, {torch.get_num_threads()} threads"
-        print(f"{args.env_id} on {machine}, run folder {self.folder}{resumed}", flush=True)
-        return self.env, obs
+        where = f"{self.folder}, resumed at step {self.step}" if args.resume else self.folder
+        print(f"{args.env_id} on {self.device}, {torch.get_num_threads()} threads, run folder {where}", flush=True)
+        return obs
 
     def receive(self, number: int, frame) -> None:
         """Finish the episode, for 10 s at most. A SIGINT after the signal ends the process at once."""
@@ -980,17 +979,15 @@ class Run(contextlib.AbstractContextManager):
     def step_env(self, action: np.ndarray) -> Callable[[], tuple]:
         """Returns what makes the step, or, with --overlap, waits for it."""
         self.check_finite("action", action)
-        self.episode_over = False
         return self.pool.submit(self.env.step, action).result if self.args.overlap else lambda: self.env.step(action)
 
     def end_step(self, reward: float, done: bool) -> None:
         interval, self.episode_over, signalled = self.args.checkpoint_interval, done, self.signal  # read once
-        self.episodic_return, self.episodic_length = self.episodic_return + reward, self.episodic_length + 1
+        self.episodic_return, self.episode_steps = self.episodic_return + reward, self.episode_steps + 1
         if done:
-            episode = {"episodic_return": self.episodic_return, "episodic_length": self.episodic_length}
-            self.write_row("episodes.csv", *episode.values())
-            self.scalars({f"charts/{name}": value for name, value in episode.items()})
-            self.last_return, self.episodic_return, self.episodic_length = self.episodic_return, 0.0, 0
+            self.write_row("episodes.csv", self.episodic_return, self.episode_steps)
+            self.scalars({"charts/episodic_return": self.episodic_return, "charts/episodic_length": self.episode_steps})
+            self.last_return, self.episodic_return, self.episode_steps = self.episodic_return, 0.0, 0
         if self.due(self.args.eval_interval):
             self.evaluate()
         if self.due(100):
@@ -1136,7 +1133,7 @@ class Run(contextlib.AbstractContextManager):
         for name in sorted(name for name in common if self.config[name] != config[name]):
             difference = f"{name} is {self.config[name]}, {config[name]} in the run to resume"
             if name in Args.__dataclass_fields__.keys() - OF_THE_MACHINE:
-                raise UsageError(f"--resume: {difference}, whose result it would change; drop it, or start a new run")
+                raise UsageError(f"--resume: {difference}, which it keeps; drop it, or start a new run")
             print(f"note: {difference}; the last bits of the results may differ", file=sys.stderr)
         if step > total:
             raise UsageError(f"--total-timesteps is {total}; the run is at {step} already")
@@ -1359,6 +1356,8 @@ def save_model(path: Path, agent: TD3, args: Args) -> None:
     model = {"format": MODEL_FORMAT, "args": vars(args), "obs_dim": agent.actor.net[0].in_features}
     for name in ("actor", "qf1", "qf2"):
         state = {key: value.cpu() for key, value in agent.networks[name].state_dict().items() if "master" not in key}
+        if not all(value.isfinite().all() for value in state.values()):
+            raise FloatingPointError(f"{path} is not written: not finite: {name}")
         model[name] = {key: value.int() if "index" in key else value for key, value in state.items()}
     torch.save(model, content := io.BytesIO())
     replace_file(path, content.getbuffer())
@@ -1407,8 +1406,7 @@ def evaluate_model(args: Args) -> None:
     if env.observation_space.shape + env.action_space.shape != sizes:
         raise UsageError(f"{args.evaluate}: its inputs and actions are {sizes}, unlike those of {env.spec.id} here")
     if args.capture_video:
-        videos = f"{Path(args.evaluate).parent}/videos"
-        env = gym.wrappers.RecordVideo(env, videos, lambda _: True, name_prefix="evaluation")
+        env.env = gym.wrappers.RecordVideo(env.env, f"{Path(args.evaluate).parent}/videos/evaluation", lambda _: True)
     returns = evaluate(actor.act, env, args.eval_episodes, args.seed)
     env.close()
     print(f"returns {np.round(returns, 2).tolist()}, mean {np.mean(returns):.2f}, std {np.std(returns):.2f}")
@@ -1431,6 +1429,8 @@ def main() -> int:
                 raise UsageError(f"--resume {args.resume}: not a run folder of this script: {error}") from error
             check_import(saved.env_id, args)
             args = tyro.cli(Args, description=__doc__, default=saved)
+            if args.env_id != saved.env_id:  # whose transitions would not fit
+                raise UsageError(f"--resume: env_id is {args.env_id}, {saved.env_id} in the run to resume; drop it")
         if args.profile:
             os.environ["CUDA_LAUNCH_BLOCKING"] = "1"  # the time of a kernel counts where it is launched
         with enough_memory():  # some of it is taken at the first update

@@ -242,7 +242,7 @@ def train(args: Args) -> tuple[TD3, ReplayBuffer, Path]:
     buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim)
 
     with Run(args, agent, buffer, env, device) as run:  # folder, logs, evaluations, checkpoints, signals
-        env, obs = run.start()  # env is filmed, if asked for; obs is that of its first reset
+        obs = run.start()  # that of the first reset
         for step in run.steps():
             # act: the environment steps when `finish_step` is called, or in a thread until then (--overlap)
             if step <= args.learning_starts:
@@ -388,7 +388,7 @@ def enough_memory(flags: str = "--hidden-sizes, --buffer-size or --batch-size") 
         known = re.search("MemoryError|to allocate|out of memory|overflow|argument .*size", repr(error))
         if not known or hasattr(error, "__notes__"):  # a run that got far needs no other flags
             raise
-        raise UsageError(f"no memory for {flags}; lower them: {error!r}") from error
+        raise UsageError(f"no memory for {flags}; lower them: {error!r:.200}") from error
 
 
 # ---------------------------------------------------------------- environments
@@ -401,7 +401,7 @@ class EnvironmentFault(Exception):
 class CheckedEnv(gym.Wrapper):
     """Raises EnvironmentFault where an environment raises, or returns a wrong shape, NaN or infinity.
 
-    It gets copies of actions, clipped in its own type, and gives copies of observations: it may change its arrays.
+    It gets copies of actions, clipped in its own type, and gives float32 copies of observations: it may change both.
     """
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
@@ -422,11 +422,11 @@ class CheckedEnv(gym.Wrapper):
             raise EnvironmentFault(f"the environment failed in reset: {error!r}") from error
 
     def checked(self, obs: np.ndarray, reward: float = 0.0) -> np.ndarray:
-        if np.shape(obs) != (shape := self.observation_space.shape):
-            raise ValueError(f"observation of shape {np.shape(obs)} instead of {shape}")
+        if (obs := np.array(obs, np.float32)).shape != (shape := self.observation_space.shape):  # as in the buffer
+            raise ValueError(f"observation of shape {obs.shape} instead of {shape}")
         if not (np.isfinite(obs).all() and math.isfinite(reward)):
             raise ValueError("NaN or infinity in observation or reward")
-        return np.array(obs)
+        return obs
 
 
 def make_env(env_id: str, capture_video: bool = False) -> gym.Env:
@@ -440,10 +440,10 @@ def make_env(env_id: str, capture_video: bool = False) -> gym.Env:
         hint = "; to render without a screen, try MUJOCO_GL=egl" if capture_video else ""
         raise UsageError(f"--env-id {env_id}: cannot be made{hint}: {error!r}") from error
     obs, action = env.observation_space, env.action_space
-    if not isinstance(obs, gym.spaces.Box):
-        raise UsageError(f"--env-id {env_id}: observations are {type(obs).__name__}; choose an environment with Box")
-    continuous = isinstance(action, gym.spaces.Box) and action.dtype.kind == "f"
-    if not continuous or len(action.shape) != 1 or not action.is_bounded():
+    if not isinstance(obs, gym.spaces.Box) or 0 in obs.shape:
+        raise UsageError(f"--env-id {env_id}: observations are {type(obs).__name__}; TD3 needs a Box that is not empty")
+    continuous = isinstance(action, gym.spaces.Box) and action.dtype in (np.float16, np.float32, np.float64)
+    if not continuous or len(action.shape) != 1 or 0 in action.shape or not action.is_bounded():
         raise UsageError(f"--env-id {env_id}: actions are {action}; TD3 needs a bounded, one-dimensional Box of floats")
     return CheckedEnv(env if len(obs.shape) == 1 else gym.wrappers.FlattenObservation(env))
 
@@ -491,35 +491,34 @@ class Run(contextlib.AbstractContextManager):
         self.writer, self.profile, self.pool = None, cProfile.Profile(), ThreadPoolExecutor(1)
         self.closing = [lock.release, self.eval_env.close, env.close, self.pool.shutdown]  # the last one first
         self.checkpoints, self.checkpointed, self.due_since = Checkpoints(self.folder / "checkpoints"), None, None
-        self.step, self.episodic_return, self.episodic_length, self.episode_over = 0, 0.0, 0, True
+        self.step, self.first_step, self.episodic_return, self.episode_steps = 0, 0, 0.0, 0
         self.last_return, self.last_evaluation, self.rows = math.nan, math.nan, Counter()
-        self.first_step, self.started = 0, time.monotonic()
-        self.clock = self.last_line = self.started  # the clock stands still in evaluations
+        self.started = self.clock = self.last_line = time.monotonic()  # the clock stands still in evaluations
         self.signal, self.deadline, self.handlers, self.stopped = 0, math.inf, {}, False
 
     # ---- the loop
 
-    def start(self) -> tuple[gym.Env, np.ndarray]:
-        """The environment, to be used from now on, and its first observation. Raises UsageError."""
+    def start(self) -> np.ndarray:
+        """The first observation. Raises UsageError."""
         args = self.args
         if args.profile:
             self.profile.enable()
         if args.resume:
             self.restore()
         if args.capture_video:  # of a resumed run beside those before
-            prefix = f"rl-video-resumed-{self.step}" if args.resume else "rl-video"
-            self.env = gym.wrappers.RecordVideo(self.env, str(self.folder / "videos"), name_prefix=prefix)
-            self.closing.append(self.env.close)
+            videos = self.folder / "videos" / (f"resumed-{self.step}" if args.resume else "")
+            self.env.env = gym.wrappers.RecordVideo(self.env.env, str(videos))
         obs, _ = self.env.reset(seed=None if args.resume else args.seed)
+        if args.checkpoint_interval and not isinstance(self.env.unwrapped.np_random, np.random.Generator):
+            raise EnvironmentFault("its np_random is no NumPy Generator, to be kept; give --checkpoint-interval 0")
         self.open_logs()
         if threading.current_thread() is threading.main_thread():
             for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
                 if signal.getsignal(number) is not signal.SIG_IGN:  # as `nohup` and a shell's `&` set it
                     self.handlers[number] = signal.signal(number, self.receive)
-        resumed = f", resumed at step {self.step}" if args.resume else ""
-        machine = f"{self.device}, {torch.get_num_threads()} threads"
-        print(f"{args.env_id} on {machine}, run folder {self.folder}{resumed}", flush=True)
-        return self.env, obs
+        where = f"{self.folder}, resumed at step {self.step}" if args.resume else self.folder
+        print(f"{args.env_id} on {self.device}, {torch.get_num_threads()} threads, run folder {where}", flush=True)
+        return obs
 
     def receive(self, number: int, frame) -> None:
         """Finish the episode, for 10 s at most. A SIGINT after the signal ends the process at once."""
@@ -541,17 +540,15 @@ class Run(contextlib.AbstractContextManager):
     def step_env(self, action: np.ndarray) -> Callable[[], tuple]:
         """Returns what makes the step, or, with --overlap, waits for it."""
         self.check_finite("action", action)
-        self.episode_over = False
         return self.pool.submit(self.env.step, action).result if self.args.overlap else lambda: self.env.step(action)
 
     def end_step(self, reward: float, done: bool) -> None:
         interval, self.episode_over, signalled = self.args.checkpoint_interval, done, self.signal  # read once
-        self.episodic_return, self.episodic_length = self.episodic_return + reward, self.episodic_length + 1
+        self.episodic_return, self.episode_steps = self.episodic_return + reward, self.episode_steps + 1
         if done:
-            episode = {"episodic_return": self.episodic_return, "episodic_length": self.episodic_length}
-            self.write_row("episodes.csv", *episode.values())
-            self.scalars({f"charts/{name}": value for name, value in episode.items()})
-            self.last_return, self.episodic_return, self.episodic_length = self.episodic_return, 0.0, 0
+            self.write_row("episodes.csv", self.episodic_return, self.episode_steps)
+            self.scalars({"charts/episodic_return": self.episodic_return, "charts/episodic_length": self.episode_steps})
+            self.last_return, self.episodic_return, self.episode_steps = self.episodic_return, 0.0, 0
         if self.due(self.args.eval_interval):
             self.evaluate()
         if self.due(100):
@@ -697,7 +694,7 @@ class Run(contextlib.AbstractContextManager):
         for name in sorted(name for name in common if self.config[name] != config[name]):
             difference = f"{name} is {self.config[name]}, {config[name]} in the run to resume"
             if name in Args.__dataclass_fields__.keys() - OF_THE_MACHINE:
-                raise UsageError(f"--resume: {difference}, whose result it would change; drop it, or start a new run")
+                raise UsageError(f"--resume: {difference}, which it keeps; drop it, or start a new run")
             print(f"note: {difference}; the last bits of the results may differ", file=sys.stderr)
         if step > total:
             raise UsageError(f"--total-timesteps is {total}; the run is at {step} already")
@@ -856,6 +853,8 @@ def save_model(path: Path, agent: TD3, args: Args) -> None:
     model = {"format": MODEL_FORMAT, "args": vars(args), "obs_dim": agent.actor.net[0].in_features}
     for name in ("actor", "qf1", "qf2"):
         model[name] = {key: value.cpu() for key, value in agent.networks[name].state_dict().items()}
+        if not all(value.isfinite().all() for value in model[name].values()):
+            raise FloatingPointError(f"{path} is not written: not finite: {name}")
     torch.save(model, content := io.BytesIO())
     replace_file(path, content.getbuffer())
 
@@ -898,8 +897,7 @@ def evaluate_model(args: Args) -> None:
     if env.observation_space.shape + env.action_space.shape != sizes:
         raise UsageError(f"{args.evaluate}: its inputs and actions are {sizes}, unlike those of {env.spec.id} here")
     if args.capture_video:
-        videos = f"{Path(args.evaluate).parent}/videos"
-        env = gym.wrappers.RecordVideo(env, videos, lambda _: True, name_prefix="evaluation")
+        env.env = gym.wrappers.RecordVideo(env.env, f"{Path(args.evaluate).parent}/videos/evaluation", lambda _: True)
     returns = evaluate(actor.act, env, args.eval_episodes, args.seed)
     env.close()
     print(f"returns {np.round(returns, 2).tolist()}, mean {np.mean(returns):.2f}, std {np.std(returns):.2f}")
@@ -922,6 +920,8 @@ def main() -> int:
                 raise UsageError(f"--resume {args.resume}: not a run folder of this script: {error}") from error
             check_import(saved.env_id, args)
             args = tyro.cli(Args, description=__doc__, default=saved)
+            if args.env_id != saved.env_id:  # whose transitions would not fit
+                raise UsageError(f"--resume: env_id is {args.env_id}, {saved.env_id} in the run to resume; drop it")
         if args.profile:
             os.environ["CUDA_LAUNCH_BLOCKING"] = "1"  # the time of a kernel counts where it is launched
         with enough_memory():  # some of it is taken at the first update

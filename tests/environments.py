@@ -54,11 +54,16 @@ class Scripted(gym.Env):
 class Rendered(Scripted):
     metadata: ClassVar[dict] = {"render_modes": ["rgb_array"], "render_fps": 10}
 
+    fails_after = 10**9  # renderings
+
     def __init__(self, render_mode=None):
         super().__init__()
-        self.render_mode = render_mode
+        self.render_mode, self.rendered = render_mode, 0
 
     def render(self):
+        self.rendered += 1
+        if self.rendered > self.fails_after:
+            raise RuntimeError("context lost")
         return np.full((32, 32, 3), 20 * self.count, np.uint8)
 
 
@@ -94,6 +99,12 @@ class Wander(gym.Env):
         return self.place.copy(), -float(abs(self.place).sum()), over and self.length % 2 == 0, over, {}
 
 
+class OldGenerator(Scripted):
+    def reset(self, *, seed=None, options=None):
+        self.np_random = np.random.RandomState(seed)
+        return super().reset()
+
+
 class Faulty(Scripted):
     """Fails in the way and at the step that `fault` says, counted over all episodes of this environment."""
 
@@ -122,7 +133,8 @@ class Faulty(Scripted):
                 return None
             if fault == "returns four":
                 return obs, reward, terminated, {}
-            obs = {"returns NaN": obs * np.nan, "returns a wrong shape": np.zeros(3)}.get(fault, obs)
+            wrong = {"returns NaN": obs * np.nan, "returns too much": obs + 1e39, "returns a wrong shape": np.zeros(3)}
+            obs = wrong.get(fault, obs)
             reward = {"rewards infinity": np.inf, "rewards a word": "much"}.get(fault, reward)
         return obs, reward, terminated, truncated, info
 
@@ -140,6 +152,10 @@ gym.register("WanderDraws-v0", Wander, kwargs={"draws": True})
 gym.register("WanderLong-v0", Wander, kwargs={"length": (10**6, 10**6 + 1)})
 gym.register("Faulty-v0", Faulty)
 gym.register("IntegerAction-v0", Broken, kwargs={"action_space": gym.spaces.Box(0, 5, (2,), np.int32)})
+gym.register("OldGenerator-v0", OldGenerator)
+gym.register("EmptyObs-v0", Broken, kwargs={"observation_space": gym.spaces.Box(-1, 1, (0,), np.float32)})
+gym.register("EmptyAction-v0", Broken, kwargs={"action_space": gym.spaces.Box(-1, 1, (0,), np.float32)})
+gym.register("LongAction-v0", Broken, kwargs={"action_space": gym.spaces.Box(-1, 1, (2,), np.longdouble)})
 gym.register("DictObs-v0", Broken, kwargs={"observation_space": gym.spaces.Dict({"a": box})})
 gym.register("Unbounded-v0", Broken, kwargs={"action_space": gym.spaces.Box(-np.inf, np.inf, (2,), np.float32)})
 gym.register("MatrixAction-v0", Broken, kwargs={"action_space": gym.spaces.Box(-1, 1, (2, 2), np.float32)})

@@ -108,6 +108,13 @@ def test_a_wrong_network_is_seen(monkeypatch):
     assert found["masked", "1:4"][2] > 1e-3 and found["nn.Linear", "dense"][2] < 1e-5
 
 
+def test_layers_that_are_too_wide_for_the_kernels_are_compared_without_them():
+    found = bench.rivals(70_000, 2, 1, [(1, 4)], torch.device("cpu"))
+    assert {name for name, _ in found} >= {"nn.Linear", "masked"} and ("ours (native)", "1:4") not in found
+    found = bench.networks((70_000, 2, 1), 1, [(1, 4)], torch.device("cpu"))
+    assert ("masked", "1:4") in found and ("ours (native)", "1:4") not in found
+
+
 def test_what_cannot_be_written_is_one_line_after_the_table(monkeypatch, capsys):
     Path("out/bench.csv").mkdir(parents=True)
     monkeypatch.setattr(bench, "benchmark", lambda args, device: [{"rival": "masked", "pattern": "1:4", "us": 1.0}])

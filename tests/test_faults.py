@@ -22,7 +22,7 @@ from pathlib import Path
 import environments  # noqa: F401
 import pytest
 import torch
-from environments import Faulty
+from environments import Faulty, Rendered
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_resume import SCRIPTS, SMALL, assert_equal, contents, event_files_in_order, logs_of, tensors_of  # noqa: F401
@@ -805,6 +805,7 @@ def test_nothing_of_the_environment_variables_reaches_the_files():
     [
         ("raises", "the environment failed in step: ZeroDivisionError()"),
         ("returns NaN", "the environment failed in step: ValueError('NaN or infinity in observation or reward')"),
+        ("returns too much", "the environment failed in step: "),  # for float32, as buffer and networks have it
         ("rewards infinity", "the environment failed in step: ValueError('NaN or infinity in observation or reward')"),
         ("rewards a word", "the environment failed in step: "),
         ("returns a wrong shape", "in step: ValueError('observation of shape (3,) instead of (2,)')"),
@@ -850,6 +851,47 @@ def test_a_failing_environment_of_the_evaluation_costs_nothing_learned(script, m
     assert errors[0].endswith(f"; --resume {folder} goes on from step 25")
     _, buffer, _ = script.train(script.Args(**settings, resume=str(folder)))
     assert buffer.added == 60
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_renderer_that_fails_costs_nothing_learned(script, monkeypatch, capsys):
+    monkeypatch.setattr(Rendered, "fails_after", 12)
+    code, errors = main(script, monkeypatch, capsys, *flags_of({**TINY, "env_id": "Rendered-v0"}), "--capture-video")
+    (folder,) = Path("runs").iterdir()
+    assert code == 1 and "the environment failed in step: RuntimeError('context lost')" in errors[-1]
+    assert f"; --resume {folder} goes on from step " in errors[-1]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_no_model_is_written_with_what_is_not_finite(script, monkeypatch, capsys):
+    """Nor a checkpoint: the environment fails before the next look at the losses."""
+    monkeypatch.setattr(Faulty, "fault", "raises at 35")
+    with monkeypatch.context() as patch:
+        agent_type = script.TD3 if script is rnm else script.FusedTD3
+        update = agent_type.update_targets
+
+        def break_critic(agent):
+            update(agent)
+            agent.qf2.net[-1].bias.data.fill_(float("nan"))
+
+        patch.setattr(agent_type, "update_targets", break_critic)
+        if script is rnm:
+            patch.setattr(rnm, "choose_agent", lambda *_: rnm.TD3)
+        settings = {**TINY, "env_id": "Faulty-v0", "policy_frequency": 7, "learning_starts": 27}
+        settings["checkpoint_interval"] = 1000
+        code, errors = main(script, monkeypatch, capsys, *flags_of(settings), "--save-model")
+    (folder,) = Path("runs").iterdir()
+    assert code == 1 and not (folder / "model.pt").exists() and not (folder / "checkpoints").exists()
+    assert errors[1].startswith("warning: at the end: FloatingPointError(") and "model.pt is not written" in errors[1]
+    assert errors[-1].startswith("error: step 35: the environment failed in step")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_generator_that_cannot_be_kept_is_said_at_once(script, monkeypatch, capsys):
+    flags = flags_of({**TINY, "env_id": "OldGenerator-v0"})
+    code, errors = main(script, monkeypatch, capsys, *flags)
+    assert code == 1 and len(errors) == 1 and "step 0: its np_random is no NumPy Generator" in errors[0]
+    assert main(script, monkeypatch, capsys, *flags, "--checkpoint-interval", 0) == (0, [])
 
 
 def test_an_environment_that_fails_in_its_first_step(monkeypatch, capsys):

@@ -209,6 +209,10 @@ def test_a_network_keeps_its_names_and_hooks_and_learns_after_inference():
     native(torch.randn(3, 10)).sum().backward()
     hook.remove()
     assert shapes == [(3, 13)] * 2
+    hook = native.first.register_full_backward_pre_hook(lambda layer, grads: shapes.append(grads[0].shape))
+    native(torch.randn(3, 10)).sum().backward()
+    hook.remove()
+    assert shapes == [(3, 13)] * 3
     native(torch.randn(3, 10)).sum().backward()
     assert native.last.weight.grad is not None
 

@@ -217,7 +217,7 @@ def test_videos_of_a_resumed_run_stand_beside_those_before(script):
     for total in (70, 80, 90):  # a flag that may be switched on, and off
         filmed = {"capture_video": total != 80, "total_timesteps": total}
         _, buffer, _ = script.train(script.Args(**settings | filmed, resume=str(folder)))
-        videos.append({path: path.read_bytes() for path in (folder / "videos").glob("*.mp4")})
+        videos.append({path: path.read_bytes() for path in (folder / "videos").rglob("*.mp4")})
     assert len(videos[2]) > len(videos[1]) == len(videos[0]) > 0 and videos[0].items() <= videos[2].items()
     assert buffer.added == 90
 
@@ -247,7 +247,7 @@ def test_flags_that_change_the_result_are_refused(script, monkeypatch, capsys):
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     bad = {"--gamma 0.9": "gamma is 0.9, 0.99 in", "--seed 2": "seed is 2, 1 in", "--tau 0.1": "tau is 0.1, 0.005 in"}
     bad |= {"--hidden-sizes 8 8": "hidden_sizes is (8, 8), (256, 256) in", "--exp-name x": "exp_name is x, "}
-    bad |= {"--eval-interval 5": "eval_interval is 5, 0 in"}
+    bad |= {"--eval-interval 5": "eval_interval is 5, 0 in", "--env-id Scripted-v0": "env_id is Scripted-v0, Wander-v0"}
     bad |= {"--batch-size 9": "batch_size is 9, 8 in", "--env-id WanderDraws-v0": "env_id is WanderDraws-v0, "}
     bad |= {"--n 1": "n is 1, 2 in", "--no-save-masks": "save_masks is False, True in"} if script is rnm else {}
     for flags, message in bad.items():

@@ -509,8 +509,8 @@ def test_video_of_training_and_of_evaluation(script):
     trained = {path.name for path in (folder / "videos").glob("*.mp4")}
     assert "rl-video-episode-0.mp4" in trained
     script.evaluate_model(script.Args(evaluate=str(folder / "model.pt"), eval_episodes=2, capture_video=True))
-    videos = {path.name for path in (folder / "videos").glob("*.mp4")}
-    assert videos - trained == {"evaluation-episode-0.mp4", "evaluation-episode-1.mp4"}
+    videos = {path.name for path in (folder / "videos/evaluation").glob("*.mp4")}
+    assert videos == {"rl-video-episode-0.mp4", "rl-video-episode-1.mp4"}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
