@@ -121,7 +121,8 @@ def test_the_table(monkeypatch):
         {
             "Ant-v5": kinds
             | {("1:8", "letter"): [(10.0, 5)], ("1:8", "wide"): [(120.0, 9)], ("1:8", "best"): [(150.0, 9)]},
-            "HalfCheetah-v5": kinds | {("1:8", "critics"): [(90.0, 9)], ("dense", "best"): [(200.0, 20)]},
+            "HalfCheetah-v5": kinds
+            | {("1:8", "critics"): [(90.0, 9)], ("dense", "best"): [(200.0, 20)], ("1:16", "wide"): [(190.0, 30)]},
         }
     )
     (folder / "sad").mkdir()
@@ -136,6 +137,7 @@ def test_the_table(monkeypatch):
     assert len(speeds) == 6 and [row[3] for row in speeds] == ["confirmed"] * 6
     assert rows["1:8 competes (at least 0.8)", "best step sizes, wide", "Ant-v5"][::3] == ["1.20", "undecided"]
     assert rows["1:8 competes (at least 0.8)", "best step sizes, critics of 1:4", "HalfCheetah-v5"][0] == "0.45"
+    assert rows["1:16 competes (at least 0.8)", "best step sizes, wide", "HalfCheetah-v5"][0] == "0.95"
     best = {key: row[0] for key, row in rows.items() if key[1] == "best step sizes"}
     assert best == {("1:8 competes (at least 0.8)", "best step sizes", "Ant-v5"): "1.50"}
     shutil.rmtree(folder / "runs/HalfCheetah-v5__dense__best__1")
