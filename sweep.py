@@ -111,8 +111,8 @@ class Task:
         model, log = (self.folder / name for name in ("model.pt", "evaluations.csv"))
         if last_evaluation(self.folder) < self.total_timesteps:
             return False
-        asked = "save-model" in names_in(self.flags)
-        return not asked or (model.exists() and model.stat().st_mtime >= log.stat().st_mtime)
+        asked = [name for name in names_in(self.flags) if name.endswith("save-model")]  # the last one counts
+        return asked[-1:] != ["save-model"] or (model.exists() and model.stat().st_mtime >= log.stat().st_mtime)
 
     def fresh_command(self) -> list[str]:
         command = [sys.executable, str(self.script), "--env-id", self.env_id, "--seed", str(self.seed)]
@@ -605,8 +605,8 @@ def report(out: Path) -> str:
     for env in envs:
         mine, found = {kind: runs for (e, kind), runs in results.items() if e == env}, {}
         clock = min(np.mean([run.seconds[-1] for run in runs]) for runs in mine.values())
+        needed = len(dense[env]) > 1 or any((env, kind) not in references for kind in mine)
         for kind, runs in mine.items():
-            needed = len(dense[env]) > 1 or any((env, other) not in references for other in mine)
             others = references.get((env, kind)), best.get(env) if needed else None
             found[kind] = figures(runs, *[mine.get(other) for other in others], clock)
             for name, (value, bounds) in found[kind].items():

@@ -298,6 +298,9 @@ def test_a_run_has_not_ended_before_its_model_is_there():
         sweep.copy_results(task)
     sweep.run_task(task)
     assert model.exists() and sweep.state_of(task) == "finished" and task.results.exists()
+    shutil.rmtree(task.results)
+    model.unlink()
+    assert sweep.state_of(dataclasses.replace(task, flags=[*task.flags, "--no-save-model"])) == "finished"
 
 
 @pytest.mark.slow

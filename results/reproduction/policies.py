@@ -47,11 +47,11 @@ def main(folder: Path, out: Path) -> None:
     for path in (folder / "actors", out):
         path.mkdir(parents=True, exist_ok=True)
     for name, tasks in groups(folder).items():
-        for task in tasks:
-            ended = sweep.last_evaluation(task.results) >= task.total_timesteps  # Ctrl-C leaves a model, too
-            if ended and (model := task.folder / "model.pt").exists():
+        ended = [task for task in tasks if sweep.last_evaluation(task.results) >= task.total_timesteps]
+        for task in ended:  # Ctrl-C leaves a model, too
+            if (model := task.folder / "model.pt").exists():
                 (folder / f"actors/{task.name}.pt").write_bytes(without_critics(model))
-        if all(sweep.last_evaluation(task.results) >= task.total_timesteps for task in tasks):
+        if ended == tasks:
             chosen = median(tasks)
             (out / f"{name}.pt").write_bytes((folder / f"actors/{chosen.name}.pt").read_bytes())
             print(f"{out / name}.pt: seed {chosen.seed}, {(out / f'{name}.pt').stat().st_size} bytes")
