@@ -176,7 +176,8 @@ static void sparse_product(const float* v, const uint16_t* index, const int* ran
       UNROLL
       for (int k = 0; k < T; k++) sum[k] = block ? load(to + k * V) : vec{} + (bias ? bias[r] : 0);
       for (int j = range[0]; j < range[1]; j++) {
-        const float* x = in + index[j] * TILE;
+        const float* x = in + (int64_t)index[j] * TILE;
+        asm("" : "+r"(x));  // in one register: Intel splits a multiply-add whose operand is at the sum of two
         UNROLL
         for (int k = 0; k < T; k++) sum[k] += v[j] * load(x + k * V);
       }
@@ -437,8 +438,7 @@ void polyak(TensorList online, TensorList masters, TensorList target, TensorList
         float *w = masters[i].data_ptr<float>() + r * C, *tw = target_masters[i].data_ptr<float>() + r * C;
         float *tv = (float*)to[i].v + r * A, *tb = (float*)to[i].b;
         const bool same = std::equal(column, column + A, other);
-        for (int64_t j = 0; j < A && !same; j++) w[column[j]] = v[j];
-        for (int64_t j = 0; j < A && !same; j++) tw[other[j]] = tv[j];
+        for (int64_t j = 0; j < A && !same; j++) w[column[j]] = v[j], tw[other[j]] = tv[j];
         if (A < C) follow(tw, w, tau, C);
         if (same) follow(tv, v, tau, A);
         for (int64_t j = 0; j < A && !same; j++) tv[j] = tw[other[j]];
