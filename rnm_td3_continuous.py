@@ -798,7 +798,7 @@ def check_args(args: Args) -> None:
     limits |= dict.fromkeys(["eval_interval", "checkpoint_interval", "mask_update_interval"], (0, math.inf))
     limits |= {"gamma": (0, 1), "tau": (0, 1), "n": (1, args.m), "critic_m": (args.n * bool(args.critic_m), math.inf)}
     limits |= {"seed": (0, 2**31), "batch_size": (1, args.buffer_size), "learning_starts": (0, args.total_timesteps)}
-    reasons = {"batch_size": " (--buffer-size)", "learning_starts": " (--total-timesteps)", "n": " (--m)"}
+    reasons = dict(batch_size=" (--buffer-size)", learning_starts=" (--total-timesteps)", n=" (--m)", critic_m=", or 0")
     for name, (low, high) in limits.items():
         value, flag = getattr(args, name), f"--{name.replace('_', '-')}"
         if not (low <= value <= high and value != math.inf):

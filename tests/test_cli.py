@@ -66,7 +66,7 @@ BAD_NM = {
     "--n -1 --m -1": "--m is -1;",
     "--hidden-sizes 256 --dense-layers first,last": "--dense-layers first,last leaves nothing sparse",
     "--mask-update-interval -1": "--mask-update-interval is -1;",
-    "--critic-m 1": "--critic-m is 1; give a number from 2",
+    "--critic-m 1": "--critic-m is 1; give a number from 2 to inf, or 0",
     "--critic-m 2 --backend semi_structured": "drop --critic-m, or try auto",
 }
 
