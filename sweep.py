@@ -494,6 +494,18 @@ def rates(runs: list[Run]) -> np.ndarray:
     return np.array([run.steps[-1] / run.seconds[-1] for run in runs])
 
 
+def timed(results: dict[tuple[str, str], list[Run]]) -> dict[tuple[str, str], list[Run]]:
+    """Of each environment the runs on one processor, that of most kinds, then runs: hours on others do not compare."""
+    found = {}
+    for where in dict.fromkeys(env for env, _ in results):
+        by_cpu = defaultdict(lambda: defaultdict(list))
+        for key, runs in results.items():
+            for run in runs if key[0] == where else []:
+                by_cpu[run.config.get("cpu")][key].append(run)
+        found |= max(by_cpu.values(), key=lambda groups: (len(groups), sum(map(len, groups.values()))))
+    return found
+
+
 def ratio(a: np.ndarray, b: np.ndarray, axis: int = -1) -> np.ndarray:
     return a.mean(axis) / b.mean(axis)
 
@@ -520,33 +532,37 @@ def weights(config: dict) -> dict[str, float]:
     return {"active": share, "parameters": actor + biases, "bytes": 4 * (actor + biases) + indices}
 
 
-def figures(runs: list[Run], dense: list[Run] | None, best: list[Run] | None, clock: float) -> dict[str, tuple]:
-    """Name to value and interval. dense: what to compare with; best: the best dense runs; clock: seconds."""
+def estimated(statistic: Callable, *samples: np.ndarray) -> tuple[float, list[float] | None]:
+    return float(statistic(*samples)), bootstrap(list(samples), statistic, 1)
+
+
+def figures(runs: list[Run], dense: list[Run] | None, best: list[Run] | None) -> dict[str, tuple]:
+    """Name to value and interval. dense: what to compare with; best: the best dense runs."""
     found = {"seeds": (len(runs), None)} | {name: (value, None) for name, value in weights(runs[0].config).items()}
-
-    def add(name: str, statistic: Callable, *samples: np.ndarray) -> None:
-        found[name] = float(statistic(*samples)), bootstrap(list(samples), statistic, 1)
-
-    add("mean", mean, values := final(runs))
-    add("iqm", iqm, values)
+    found["mean"], found["iqm"] = estimated(mean, values := final(runs)), estimated(iqm, values)
     found["std"] = values.std(ddof=min(1, len(values) - 1)), None
-    others, positive = (dense if dense is not runs else None), dense and final(dense).min() > 0
-    for name, other in (("ratio", others), ("ratio_to_best", best if best is not runs else None)):
-        if other and final(other).min() > 0:  # a ratio to what may be zero or less means nothing
-            add(name, ratio, values, final(other))
-    if others:
-        add("better", improvement, values, final(others))
-    found["steps_per_second"] = rates(runs).mean(), None
+    for name, other in (("ratio", dense), ("ratio_to_best", best)):
+        if other and other is not runs and final(other).min() > 0:  # a ratio to what may be zero or less means nothing
+            found[name] = estimated(ratio, values, final(other))
+    if dense and dense is not runs:
+        found["better"] = estimated(improvement, values, final(dense))
+    return found
+
+
+def times(runs: list[Run], dense: list[Run] | None, all_dense: list[Run] | None, clock: float) -> dict[str, tuple]:
+    """As `figures`, of those whose hours compare, and the final return of all dense runs. clock: seconds."""
+    found = {"steps_per_second": (rates(runs).mean(), None)}
     found["hours"] = np.mean([run.seconds[-1] for run in runs]) / 3600, None
     if (early := return_at(runs, clock)) is not None:
-        add("early", mean, early)
-        theirs = return_at(others, clock) if others else None
+        found["early"] = estimated(mean, early)
+        theirs = return_at(dense, clock) if dense and dense is not runs else None
         if theirs is not None and theirs.min() > 0:
-            add("early_ratio", ratio, early, theirs)
-    enough = positive and min(len(while_learning(run)[1]) for run in (*runs, *dense)) >= LAST
+            found["early_ratio"] = estimated(ratio, early, theirs)
+    positive = all_dense and final(all_dense).min() > 0
+    enough = positive and min(len(while_learning(run)[1]) for run in (*runs, *all_dense)) >= LAST
     for share in (50, 90, 100) if enough else ():
-        hours = hours_to(runs, share / 100 * final(dense).mean())
-        add(f"hours_to_{share}", np.median, hours)
+        hours = hours_to(runs, share / 100 * final(all_dense).mean())
+        found[f"hours_to_{share}"] = estimated(np.median, hours)
         found[f"reached_{share}"] = int((hours < NEVER).sum()), None
     return found
 
@@ -563,7 +579,7 @@ def cell(found: dict[str, tuple], name: str, form: str) -> str:
     numbers = [number(name, x, form) for x in (found[name][0], *(found[name][1] or ()))] if name in found else [""]
     text = with_interval(numbers[0], numbers[1:], "")
     reached = found.get(name.replace("hours_to", "reached")) if "hours_to" in name else None
-    return f"{text}, {reached[0]} of {found['seeds'][0]}" if reached else text
+    return f"{text}, {reached[0]} of {found.get('timed', found['seeds'])[0]}" if reached else text
 
 
 HEAD = f"""\
@@ -578,7 +594,8 @@ a weight or a bias, 1 more for the place of an N:M weight in its group.
 """
 FIRST = [("seeds", "seeds", ".0f"), ("mean", "mean +- std", ""), ("iqm", "interquartile mean", ".4g")]
 FIRST += [("ratio", "ratio to dense", ".2f"), ("ratio_to_best", "ratio to the best dense", ".2f")]
-FIRST += [("better", "P(better than dense)", ".2f"), ("steps_per_second", "steps/s", ".0f"), ("hours", "hours", ".2f")]
+FIRST += [("better", "P(better than dense)", ".2f"), ("timed", "timed seeds", ".0f")]
+FIRST += [("steps_per_second", "steps/s", ".0f"), ("hours", "hours", ".2f")]
 SECOND = [("seeds", "seeds", ".0f"), ("active", "active weights, %", ".1f"), ("parameters", "actor: parameters", ".0f")]
 SECOND += [("bytes", "bytes", ".0f"), ("early", "return by {:.2f} h", ".4g"), ("early_ratio", "to dense then", ".2f")]
 SECOND += [(f"hours_to_{share}", f"hours to {share} %", ".2f") for share in (50, 90, 100)]
@@ -604,15 +621,24 @@ def report(out: Path) -> str:
     best = {env: max(kinds, key=lambda kind: final(results[env, kind]).mean()) for env, kinds in dense.items() if kinds}
     for env in envs:
         mine, found = {kind: runs for (e, kind), runs in results.items() if e == env}, {}
-        clock = min(np.mean([run.seconds[-1] for run in runs]) for runs in mine.values())
+        clocked = {kind: runs for (e, kind), runs in timed(results).items() if e == env}
+        several = sum(map(len, mine.values())) > sum(map(len, clocked.values()))
+        clock = min(np.mean([run.seconds[-1] for run in runs]) for runs in clocked.values())
         needed = len(dense[env]) > 1 or any((env, kind) not in references for kind in mine)
         for kind, runs in mine.items():
             others = references.get((env, kind)), best.get(env) if needed else None
-            found[kind] = figures(runs, *[mine.get(other) for other in others], clock)
+            found[kind] = figures(runs, *[mine.get(other) for other in others])
+            if kind in clocked:
+                found[kind] |= times(clocked[kind], clocked.get(others[0]), mine.get(others[0]), clock)
+            if several:
+                found[kind]["timed"] = len(clocked.get(kind, ())), None
             for name, (value, bounds) in found[kind].items():
                 numbers = [number(name, x, ".6g") for x in (value, *(bounds or ()))]
                 rows.append([env, kind, name, *numbers, *["", ""][len(numbers) - 1 :]])
         parts += [f"## {env}\n", table(FIRST, found, clock), table(SECOND, found, clock)]
+        if several:
+            cpu = next(iter(clocked.values()))[0].config.get("cpu")
+            parts += [f"Times: of the runs on one processor alone ({cpu}); those on others do not compare.\n"]
     by_best = {key: best[key[0]] for key in results if key[0] in best}
     words = {"dense": (references, "ratio")}
     words |= {"the best dense": (by_best, "ratio_to_best")} if by_best != references else {}
@@ -641,12 +667,15 @@ def report(out: Path) -> str:
 
 
 def plot_curves(results: dict, envs: list[str], path: Path) -> None:
-    """Over steps, and over hours."""
+    """Over steps, and over hours, these of runs that compare."""
+    clocked = timed(results)
     figure, axes = sad.panels(2, len(envs), 6, 4.2, sharey="row")
     for (env, kind), runs in results.items():
         left, right = axes[:, envs.index(env)]
         look, curves = sad.looks(results)[kind], [(run.steps / 1e3, run.returns) for run in runs]
         sad.draw_curves(left, curves, sad.mean_curve(curves), look, kind, len(runs))
+        if not (runs := clocked.get((env, kind))):
+            continue
         curves = [(run.seconds / 3600, run.returns) for run in runs]
         hours = np.linspace(max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves), 200)
         average = hours, np.mean([np.interp(hours, x, y) for x, y in curves], axis=0)

@@ -130,10 +130,11 @@ def claims(folder: Path) -> list[list[str]]:
             }
         for pattern in ("2:4", "1:4", "1:8"):
             add_more(f"{pattern} trains faster", "two threads, CleanRL", where, rounds[pattern], rounds["CleanRL"])
+    timed = sweep.timed(results)
     for pattern in ("2:4", "1:4", "1:8"):
         for env in ENVS:
-            if (env, pattern) in dense:
-                samples = sweep.rates(results[env, pattern]), sweep.rates(results[env, dense[env, pattern]])
+            if (env, pattern) in timed and (env, dense.get((env, pattern))) in timed:
+                samples = sweep.rates(timed[env, pattern]), sweep.rates(timed[env, dense[env, pattern]])
                 add_more(f"{pattern} trains faster", "these runs, our dense twin", env, *samples)
     if (summary := folder / "sad" / "summary.json").exists():
         for env, found in json.loads(summary.read_text())["stability_and_return"].items():
