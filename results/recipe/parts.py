@@ -37,8 +37,6 @@ WIDE = {  # kind: what it is
 }
 NO_HELP = {"1:8, grow": "1:8, growth", "1:8, tighten": "1:8, tightened", "1:4, tighten": "1:4, tightened"}
 INTERVALS = {"K100": "100", "lr9": "1 000", "K10000": "10 000", "K0": "never"}
-INTEL = {f"Ant-v5__1_8__{variant}__3" for variant in ("w512", "K0", "K100", "K10000")}  # the rest on Zen 4, so that
-INTEL |= {"Ant-v5__1_4__K10000__3", "HalfCheetah-v5__1_8__K100__3"}  # their hours do not compare
 PATCHED = {"HalfCheetah-v5": 16.3, "Ant-v5": 24.6}  # active weights of `first12` in per cent: no flag of the scripts
 
 
@@ -64,7 +62,7 @@ def parts(results: dict) -> str:
 
 def wide(results: dict, kinds: dict[str, str]) -> str:
     """Per step, per second and per active weight; weights in per cent of those of dense 256."""
-    timed = {key: [run for run in runs if run.name not in INTEL] for key, runs in results.items()}
+    timed = sweep.timed(results)
     header = ["final return to dense", "return when the fastest ended", "steps/s", "active", "return / 1 000 weights"]
     clocks, tables = {env: min(seconds(runs) for (e, _), runs in timed.items() if e == env) for env in ENVS}, []
     for env in ENVS:
