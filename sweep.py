@@ -619,9 +619,10 @@ def report(out: Path) -> str:
     envs = list(dict.fromkeys(env for env, _ in results))
     dense = {env: [kind for e, kind in results if e == env and kind.startswith("dense")] for env in envs}
     best = {env: max(kinds, key=lambda kind: final(results[env, kind]).mean()) for env, kinds in dense.items() if kinds}
+    compared = timed(results)
     for env in envs:
-        mine, found = {kind: runs for (e, kind), runs in results.items() if e == env}, {}
-        clocked = {kind: runs for (e, kind), runs in timed(results).items() if e == env}
+        mine, clocked = ({kind: runs for (e, kind), runs in of.items() if e == env} for of in (results, compared))
+        found = {}
         several = sum(map(len, mine.values())) > sum(map(len, clocked.values()))
         clock = min(np.mean([run.seconds[-1] for run in runs]) for runs in clocked.values())
         needed = len(dense[env]) > 1 or any((env, kind) not in references for kind in mine)

@@ -162,6 +162,15 @@ def test_the_table(monkeypatch):
     assert np.isfinite([float(row[0].split()[0]) for row in rows.values()]).all()
 
 
+def test_speeds_of_several_processors_are_not_compared():
+    dense, sparse = [(100.0, 20)] * 3, [(100.0, 10), (100.0, 10), (100.0, 80)]
+    folder = sweep_of({"Ant-v5": {("dense", "base"): dense, ("2:4", "base"): sparse}})
+    config = folder / "runs/Ant-v5__2_4__3/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"cpu": "slow"}))
+    ((*_, ours, _, runs, _),) = [row for row in claims.claims(folder) if row[1] == "these runs, our dense twin"]
+    assert (ours, runs) == ("2.00 [2.00, 2.00]", "2")
+
+
 def test_what_an_untrained_policy_gets_is_no_merit():
     """Standing still, 60 of 100, would be 0.85 of dense; above it the ratio is 0.62, and the verdict says neither."""
     dense, sparse = [(100.0, 1), (101.0, 1), (99.0, 1)], [(85.0, 1), (86.0, 1), (84.0, 1)]

@@ -477,7 +477,8 @@ def test_times_are_those_of_one_processor(monkeypatch):
     monkeypatch.setattr(sweep, "LAST", 2)
     monkeypatch.setattr(sad, "LAST", 2)
     rise, figures, kinds = np.linspace(50, 1000, 20), [], ("dense", "1:4", "1:8")
-    made_up("out", {("A", kind): [rise] * 3 for kind in kinds}, {"dense": 7200, "1:4": 14400, "1:8": 60})
+    values = {("A", kind): [rise] * 3 for kind in kinds} | {("A", "dense"): [rise, rise, 1.3 * rise]}
+    made_up("out", values, {"dense": 7200, "1:4": 14400, "1:8": 60})
 
     def move(names, cpu, factor):
         for run in (Path("out/runs", name) for name in names):
@@ -488,21 +489,20 @@ def test_times_are_those_of_one_processor(monkeypatch):
             with open(run / "evaluations.csv", "w") as file:
                 csv.writer(file).writerows([header, *rows])
 
-    def cells():
+    def cells(fast):
         text, headings = sweep.report(Path("out")), ("seeds", "timed seeds", "hours", "hours to 50 %")
         assert ("Times: of the runs on one processor alone (fast); those on others do not" in text) == fast
+        assert column(text, "A", "dense", "mean +- std").startswith("1072 +- ")  # of all three
         return [[column(text, "A", kind, heading) for heading in headings] for kind in kinds]
 
     monkeypatch.setattr(sad, "save", lambda figure, path: figures.append(figure))
     move(["A__dense__2", "A__1_4__0", "A__1_8__0"], "fast", 0.1)  # fewer runs than those without a name, of more kinds
     move(["A__1_8__1", "A__1_8__2"], "slow", 100)
-    fast = True
-    rows = [["3", "1", "0.20", "0.11, 1 of 1"], ["3", "1", "0.40", "0.22, 1 of 1"], ["3", "1", "0.00", "0.00, 1 of 1"]]
-    assert cells() == rows
+    rows = [["3", "1", "0.20", "0.09, 1 of 1"], ["3", "1", "0.40", "0.24, 1 of 1"], ["3", "1", "0.00", "0.00, 1 of 1"]]
+    assert cells(fast=True) == rows
     assert max(line.get_xdata()[-1] for line in figures[0].axes[1].lines) == pytest.approx(0.4)
     move(["A__1_8__0"], "slow", 1)  # as many kinds as those without a name, of fewer runs
-    fast = False
-    assert [row[:3] for row in cells()] == [["3", "2", "2.00"], ["3", "2", "4.00"], ["3", "0", ""]]
+    assert [row[:3] for row in cells(fast=False)] == [["3", "2", "2.00"], ["3", "2", "4.00"], ["3", "0", ""]]
 
 
 def test_report_compares_variants_with_their_dense_runs_and_the_best():
