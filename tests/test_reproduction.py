@@ -162,6 +162,38 @@ def test_the_table(monkeypatch):
     assert np.isfinite([float(row[0].split()[0]) for row in rows.values()]).all()
 
 
+def test_targets():
+    """Dense does a quarter of its steps in 5 s; then a run twice as fast is at step 100, one four times as fast at 200.
+
+    On Ant-v5 all have half of their return before step 110.
+    """
+    dense, half = [(100.0, 20)] * 2, [(200.0, 10)] * 2
+    kinds = {("dense", "base"): dense, ("1:4", "base"): half}
+    folder = sweep_of(
+        {
+            "Ant-v5": kinds | {("1:8", "base"): [(90.0, 5)] * 2, ("1:8", "best"): [(95.0, 5)]},
+            "HalfCheetah-v5": kinds | {("1:8", "base"): [(80.0, 5)] * 2},
+            "Hopper-v5": {("dense", "base"): dense, ("1:8", "base"): [(1000.0, 5)] * 2},
+        }
+    )
+    for path in folder.glob("runs/Ant-v5__*/evaluations.csv"):
+        early = re.compile(r"^(\d0|100),([\d.]+),[\d.]+", re.MULTILINE)
+        path.write_text(early.sub(lambda row: f"{row[1]},{float(row[2]) / 2},{float(row[2]) / 2}", path.read_text()))
+    rows = {(target, how, where): rest for target, how, where, *rest in claims.targets(folder)}
+    recipe, both, late = "the recipe, 3e-4", "mean of 2 environments", "return after a quarter of the steps of dense"
+    assert rows.pop(("1:4: final return, at least 1.0", recipe, both)) == ["2.00 [2.00, 2.00]", "4", "met"]
+    assert rows.pop(("1:8: final return, at least 0.9", recipe, both)) == ["0.85 [0.85, 0.85]", "4", "missed"]
+    early = {(target[:3], how, where): rest for (target, how, where), rest in rows.items() if late in target}
+    assert len(early) == len(rows) and all(target.endswith(f"{late}, at least 1.5") for target, *_ in rows)
+    assert early == {
+        ("1:4", recipe, "HalfCheetah-v5"): ["2.00 [2.00, 2.00]", "2", "met"],
+        ("1:4", recipe, "Ant-v5"): ["2.00 [2.00, 2.00]", "2", "met"],
+        ("1:8", recipe, "HalfCheetah-v5"): ["0.80 [0.80, 0.80]", "2", "missed"],
+        ("1:8", recipe, "Ant-v5"): ["1.80 [1.80, 1.80]", "2", "met"],
+        ("1:8", "best step sizes", "Ant-v5"): ["1.90", "1", "met"],
+    }
+
+
 def test_speeds_of_several_processors_are_not_compared():
     dense, sparse = [(100.0, 20)] * 3, [(100.0, 10), (100.0, 10), (100.0, 80)]
     folder = sweep_of({"Ant-v5": {("dense", "base"): dense, ("2:4", "base"): sparse}})

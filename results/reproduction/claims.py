@@ -1,4 +1,4 @@
-"""The paper's claims against what has ended: the table of README.md, made from the root of the project.
+"""The paper's claims and our targets against what has ended: tables of README.md, made from the root of the project.
 
 python results/reproduction/claims.py
 """
@@ -77,20 +77,57 @@ def ratios(results: dict, dense: dict[tuple[str, str], str], kind: str) -> dict[
     return found
 
 
-def claims(folder: Path) -> list[list[str]]:
-    """Rows of claim, protocol, where, our figure with its interval, that above an untrained policy, runs, verdict.
-
-    Raises sweep.UsageError.
-    """
+def read(folder: Path) -> tuple[dict, dict[tuple[str, str], str], list[str]]:
+    """Results, the dense kind that each is compared with, and what is missing. Raises sweep.UsageError."""
     plan = sweep.read_plan(folder)
     results, missing = sweep.read_results(plan)
-    dense, rows = sweep.dense_of(results, plan), []
+    dense = sweep.dense_of(results, plan)
     for env, kind in results:
         if kind.endswith((", best", ", critics", ", wide")):
             dense.pop((env, kind), None)
             best = "dense, best" if env == "HalfCheetah-v5" else "dense"  # on Ant-v5 dense is at its best at 3e-4
             if (env, best) in results:
                 dense[env, kind] = best
+    return results, dense, missing
+
+
+def targets(folder: Path) -> list[list[str]]:
+    """Rows of target, protocol, where, our ratio to dense with its interval, runs, and whether its value is met.
+
+    Final returns in the mean of two environments; in each, returns at the wall time in which dense does a quarter of
+    its steps. Raises sweep.UsageError.
+    """
+    results, dense, _ = read(folder)
+    timed, rows = sweep.timed(results), []
+
+    def add(target: str, least: float, how: str, where: str, *pairs: tuple[np.ndarray, np.ndarray]) -> None:
+        value, bounds = compare(*pairs)
+        ours, runs = sad.with_interval(value, bounds, ".2f"), sum(len(ours) for ours, _ in pairs)
+        rows.append([f"{target}, at least {least}", how, where, ours, str(runs), "met" if value >= least else "missed"])
+
+    for variant, how in VARIANTS.items():
+        for pattern, least in (("1:4", 1.0), ("1:8", 0.9)):
+            keys = [(env, pattern + variant) for env in ENVS[:2] if (env, pattern + variant) in dense]
+            both = [(results[key], results[key[0], dense[key]]) for key in keys]
+            if len(both) == 2:
+                pairs = [(sad.final(ours), sad.final(theirs)) for ours, theirs in both]
+                add(f"{pattern}: final return", least, how, "mean of 2 environments", *pairs)
+            for env, kind in keys:
+                if (env, kind) in timed and (runs := timed.get((env, dense[env, kind]))):
+                    clock = float(np.mean([run.seconds[run.steps >= run.steps[-1] / 4][0] for run in runs]))
+                    pair = sweep.return_at(timed[env, kind], clock), sweep.return_at(runs, clock)
+                    if all(early is not None for early in pair) and pair[1].min() > 0:
+                        add(f"{pattern}: return after a quarter of the steps of dense", 1.5, how, env, pair)
+    return rows
+
+
+def claims(folder: Path) -> list[list[str]]:
+    """Rows of claim, protocol, where, our figure with its interval, that above an untrained policy, runs, verdict.
+
+    Raises sweep.UsageError.
+    """
+    results, dense, missing = read(folder)
+    rows = []
 
     def add(claim: str, how: str, where: str, found: tuple[float, Interval], runs: int, verdict: str, above="") -> None:
         rows.append([claim, how, where, sad.with_interval(*found, ".2f"), above, str(runs), verdict])
@@ -148,3 +185,4 @@ def claims(folder: Path) -> list[list[str]]:
 
 if __name__ == "__main__":
     print(sad.markdown(["claim", "how", "where", "ours", "above untrained", "runs", "verdict"], claims(HERE)))
+    print(sad.markdown(["target", "how", "where", "ours", "runs", "verdict"], targets(HERE)))
