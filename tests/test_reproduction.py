@@ -153,6 +153,8 @@ def test_the_table(monkeypatch):
     assert 1.0 < low < 1.14 < high < 1.3 and matches[2][0].startswith("1.14 ")
     assert rows["1:8 competes (at least 0.8)", recipe, both][3] == "refuted"
     assert rows["1:8 competes (at least 0.8)", "to the letter", "Ant-v5"] == ["0.10", "0.10", "1", "undecided"]
+    beats = {key[2]: row for key, row in rows.items() if key[0] == "1:8: the recipe beats the letter"}
+    assert beats == {"Ant-v5": ["5.00", "", "3", "undecided"]}  # one run to the letter
     assert rows["2:4 trains faster", "these runs, our dense twin", "Ant-v5"][0] == "2.00 [2.00, 2.00]"
     faster = rows["1:8 trains faster", "these runs, our dense twin", "HalfCheetah-v5"]
     assert faster[::3] == ["4.00 [4.00, 4.00]", "confirmed"]
