@@ -217,7 +217,11 @@ def test_what_an_untrained_policy_gets_is_no_merit():
 
 def test_no_ratio_to_what_is_not_positive_and_no_run_lost_without_a_word(capsys):
     low, lower = [(-100.0, 1)] * 2, [(-300.0, 1)] * 2
-    folder = sweep_of({"Ant-v5": {("dense", "base"): low, ("1:8", "base"): lower}})
+    kinds = {("dense", "base"): low, ("1:8", "base"): lower}
+    folder = sweep_of({"Ant-v5": kinds, "HalfCheetah-v5": kinds})
+    assert not claims.targets(folder)
+    shutil.rmtree(folder)
+    folder = sweep_of({"Ant-v5": kinds})
     (folder / "runs/Ant-v5__1_8__2/evaluations.csv").write_text("step,mean,std\n")
     rows = [row for row in claims.claims(folder) if row[1] != "two threads, CleanRL"]
     assert [row[0] for row in rows] == ["1:8 trains faster"]

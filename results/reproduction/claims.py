@@ -98,26 +98,26 @@ def targets(folder: Path) -> list[list[str]]:
     its steps. Raises sweep.UsageError.
     """
     results, dense, _ = read(folder)
-    timed, rows = sweep.timed(results), []
+    dense = {(env, kind): base for (env, kind), base in dense.items() if env in ENVS[:2]}
+    timed, both, rows = sweep.timed(results), "mean of 2 environments", []
 
-    def add(target: str, least: float, how: str, where: str, *pairs: tuple[np.ndarray, np.ndarray]) -> None:
-        value, bounds = compare(*pairs)
-        ours, runs = sad.with_interval(value, bounds, ".2f"), sum(len(ours) for ours, _ in pairs)
-        rows.append([f"{target}, at least {least}", how, where, ours, str(runs), "met" if value >= least else "missed"])
+    def add(target: str, least: float, how: str, where: str, found: tuple[float, Interval], runs: int) -> None:
+        verdict = "met" if found[0] >= least else "missed"
+        rows.append([f"{target}, at least {least}", how, where, sad.with_interval(*found, ".2f"), str(runs), verdict])
 
     for variant, how in VARIANTS.items():
         for pattern, least in (("1:4", 1.0), ("1:8", 0.9)):
-            keys = [(env, pattern + variant) for env in ENVS[:2] if (env, pattern + variant) in dense]
-            both = [(results[key], results[key[0], dense[key]]) for key in keys]
-            if len(both) == 2:
-                pairs = [(sad.final(ours), sad.final(theirs)) for ours, theirs in both]
-                add(f"{pattern}: final return", least, how, "mean of 2 environments", *pairs)
-            for env, kind in keys:
-                if (env, kind) in timed and (runs := timed.get((env, dense[env, kind]))):
-                    clock = float(np.mean([run.seconds[run.steps >= run.steps[-1] / 4][0] for run in runs]))
-                    pair = sweep.return_at(timed[env, kind], clock), sweep.return_at(runs, clock)
+            kind = pattern + variant
+            if both in (found := ratios(results, dense, kind)):
+                raw, _, runs = found[both]
+                add(f"{pattern}: final return", least, how, both, raw, runs)
+            for env in ENVS[:2]:
+                if (env, kind) in timed and (theirs := timed.get((env, dense.get((env, kind))))):
+                    clock = float(np.mean([run.seconds[run.steps >= run.steps[-1] / 4][0] for run in theirs]))
+                    pair = sweep.return_at(timed[env, kind], clock), sweep.return_at(theirs, clock)
                     if all(early is not None for early in pair) and pair[1].min() > 0:
-                        add(f"{pattern}: return after a quarter of the steps of dense", 1.5, how, env, pair)
+                        target = f"{pattern}: return after a quarter of the steps of dense"
+                        add(target, 1.5, how, env, compare(pair), len(pair[0]))
     return rows
 
 
