@@ -34,6 +34,9 @@ def test_numbers_in_the_texts_are_those_of_the_data(monkeypatch):
     monkeypatch.chdir(ROOT)
     parts = script("recipe/parts")
     made = parts.tables(parts.read()) + Path("results/recipe/report.md").read_text()
+    for table in claims.tables(claims.HERE):
+        assert table in Path("results/reproduction/README.md").read_text()
+        made += table
     for name in ("halfcheetah_2_threads", "halfcheetah_1_thread", "ant"):
         with open(f"results/speed/zen4/{name}.csv") as file:
             rates = [float(row["median"]) for row in csv.DictReader(file)]  # the first row is CleanRL

@@ -1,4 +1,4 @@
-"""The paper's claims and our targets against what has ended: tables of README.md, made from the root of the project.
+"""What has ended, and against it the paper's claims and our targets: tables of README.md, made from the project's root.
 
 python results/reproduction/claims.py
 """
@@ -7,6 +7,7 @@ import csv
 import json
 import math
 import sys
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -89,6 +90,25 @@ def read(folder: Path) -> tuple[dict, dict[tuple[str, str], str], list[str]]:
             if (env, best) in results:
                 dense[env, kind] = best
     return results, dense, missing
+
+
+def returns(folder: Path) -> list[list[str]]:
+    """Rows of kind, step size and, for each of ENVS, final returns by seed. Raises sweep.UsageError."""
+    results, rows = read(folder)[0], []
+    for kind in dict.fromkeys(kind for _, kind in results):
+        found = [results.get((env, kind), []) for env in ENVS]
+        (rate,) = {run.config["learning_rate"] for runs in found for run in runs}
+        rows.append([kind, f"{rate:g}", *(", ".join(f"{value:.0f}" for value in sad.final(runs)) for runs in found)])
+    return rows
+
+
+def processors(folder: Path) -> list[list[str]]:
+    """Rows of processor, as in `config.json`, and number of runs in each of ENVS. Raises sweep.UsageError."""
+    found = defaultdict(Counter)
+    for (env, _), runs in read(folder)[0].items():
+        for run in runs:
+            found[run.config["cpu"]][env] += 1
+    return [[f"`{cpu}`", *(counts[env] for env in ENVS)] for cpu, counts in found.items()]
 
 
 def targets(folder: Path) -> list[list[str]]:
@@ -188,6 +208,15 @@ def claims(folder: Path) -> list[list[str]]:
     return rows
 
 
+def tables(folder: Path) -> list[str]:
+    """Those of README.md. Raises sweep.UsageError."""
+    return [
+        sad.markdown(["final return, by seed", "step size", *ENVS], returns(folder)),
+        sad.markdown(["processor, and its runs", *ENVS], processors(folder)),
+        sad.markdown(["claim", "how", "where", "ours", "above untrained", "runs", "verdict"], claims(folder)),
+        sad.markdown(["target", "how", "where", "ours", "runs", "verdict"], targets(folder)),
+    ]
+
+
 if __name__ == "__main__":
-    print(sad.markdown(["claim", "how", "where", "ours", "above untrained", "runs", "verdict"], claims(HERE)))
-    print(sad.markdown(["target", "how", "where", "ours", "runs", "verdict"], targets(HERE)))
+    print("\n".join(tables(HERE)), end="")
