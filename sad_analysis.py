@@ -529,6 +529,10 @@ def label(group: tuple) -> str:
     return pattern + (f", K = {k}" if k > 0 else ", masks fixed" if k == 0 else "") + extra
 
 
+def seeds(count: int) -> str:
+    return f"{count} seed{'s' * (count > 1)}"
+
+
 def rounded(value: float, form: str) -> str:
     text = f"{value:{form}}"
     return f"{value:.0f}" if "e+" in text else text  # 10185, not 1.018e+04
@@ -627,8 +631,8 @@ def draw_curves(
     for x, returns in curves:
         axis.plot(x, returns, color=look["color"], ls=look["linestyle"], lw=0.6, alpha=0.5)
     if average:
-        seeds = f"{name} ({count} seed{'s' * (count > 1)})"
-        axis.plot(*average, **look, markevery=max(1, len(average[0]) // 8), ms=4, lw=2, label=seeds)
+        marks = {"markevery": max(1, len(average[0]) // 8), "ms": 4}
+        axis.plot(*average, **look, **marks, lw=2, label=f"{name} ({seeds(count)})")
 
 
 def plot_over_time(groups: dict[tuple, list[Run]], points: int, path: Path) -> None:
@@ -685,7 +689,7 @@ def plot_returns(results: dict[tuple, list[Run]], path: Path, seed: int = 1) -> 
             axis.plot([x - 0.12] * len(values), values, **look, ms=4, mfc="none")
             axis.errorbar(x + 0.12, average, [[average - low], [high - average]], **look, ms=8, capsize=4)
         few = {"rotation": 0} if len(kinds) < 6 else {"rotation": 90, "fontsize": 7}
-        axis.set_xticks(range(len(kinds)), [f"{kind}\n{len(results[env, kind])} seeds" for kind in kinds], **few)
+        axis.set_xticks(range(len(kinds)), [f"{kind}\n{seeds(len(results[env, kind]))}" for kind in kinds], **few)
         dress(axis, ylabel=f"return, last {LAST} evaluations (filled: mean)", title=env, xlim=(-0.6, len(kinds) - 0.4))
     save(figure, path)
 
