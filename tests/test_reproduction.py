@@ -51,6 +51,26 @@ def test_numbers_in_the_texts_are_those_of_the_data(monkeypatch):
     assert counts[0] > 10 and counts[1] > 50 and counts[2] > 10 and counts[4] > 10  # intervals, means, speeds
 
 
+def test_returns_and_processors_are_those_of_the_files(monkeypatch):
+    """The mean of all episodes of the last ten evaluations, read without sad_analysis.py; no run is lost."""
+    monkeypatch.chdir(ROOT)
+    results, _, _ = claims.read(claims.HERE)
+    table = {row[0]: row[1:] for row in claims.returns(results)}
+    expected, count = {}, {}
+    for path in sorted(claims.HERE.glob("runs/*")):
+        env, *kind, _ = path.name.split("__")
+        config = json.loads((path / "config.json").read_text())
+        with open(path / "evaluations.csv") as file:
+            episodes = [float(row[f"return_{i}"]) for row in list(csv.DictReader(file))[-10:] for i in range(1, 11)]
+        row = expected.setdefault(", ".join(kind).replace("_", ":"), [f"{config['learning_rate']:g}", [], [], [], []])
+        row[1 + claims.ENVS.index(env)].append(f"{np.mean(episodes):.0f}")
+        key = f"`{config['cpu']}`", claims.ENVS.index(env)
+        count[key] = count.get(key, 0) + 1
+    assert table == {kind: [rate, *map(", ".join, cells)] for kind, (rate, *cells) in expected.items()}
+    counts = {(cpu, i): value for cpu, *cells in claims.processors(results) for i, value in enumerate(cells) if value}
+    assert counts == count and sum(count.values()) >= 43
+
+
 @pytest.mark.parametrize(
     "claimed, bounds, verdict",
     [

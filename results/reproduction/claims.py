@@ -92,9 +92,9 @@ def read(folder: Path) -> tuple[dict, dict[tuple[str, str], str], list[str]]:
     return results, dense, missing
 
 
-def returns(folder: Path) -> list[list[str]]:
-    """Rows of kind, step size and, for each of ENVS, final returns by seed. Raises sweep.UsageError."""
-    results, rows = read(folder)[0], []
+def returns(results: dict) -> list[list[str]]:
+    """Rows of kind, step size and, for each of ENVS, final returns by seed."""
+    rows = []
     for kind in dict.fromkeys(kind for _, kind in results):
         found = [results.get((env, kind), []) for env in ENVS]
         (rate,) = {run.config["learning_rate"] for runs in found for run in runs}
@@ -102,10 +102,10 @@ def returns(folder: Path) -> list[list[str]]:
     return rows
 
 
-def processors(folder: Path) -> list[list[str]]:
-    """Rows of processor, as in `config.json`, and number of runs in each of ENVS. Raises sweep.UsageError."""
+def processors(results: dict) -> list[list[str]]:
+    """Rows of processor, as in `config.json`, and number of runs in each of ENVS."""
     found = defaultdict(Counter)
-    for (env, _), runs in read(folder)[0].items():
+    for (env, _), runs in results.items():
         for run in runs:
             found[run.config["cpu"]][env] += 1
     return [[f"`{cpu}`", *(counts[env] for env in ENVS)] for cpu, counts in found.items()]
@@ -210,9 +210,10 @@ def claims(folder: Path) -> list[list[str]]:
 
 def tables(folder: Path) -> list[str]:
     """Those of README.md. Raises sweep.UsageError."""
+    results, _, _ = read(folder)
     return [
-        sad.markdown(["final return, by seed", "step size", *ENVS], returns(folder)),
-        sad.markdown(["processor, and its runs", *ENVS], processors(folder)),
+        sad.markdown(["final return, by seed", "step size", *ENVS], returns(results)),
+        sad.markdown(["processor, and its runs", *ENVS], processors(results)),
         sad.markdown(["claim", "how", "where", "ours", "above untrained", "runs", "verdict"], claims(folder)),
         sad.markdown(["target", "how", "where", "ours", "runs", "verdict"], targets(folder)),
     ]
