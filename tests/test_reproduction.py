@@ -71,6 +71,18 @@ def test_returns_and_processors_are_those_of_the_files(monkeypatch):
     assert counts == count and sum(count.values()) >= 43
 
 
+def test_the_figure_shows_each_at_its_best_step_size(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    chosen = claims.at_best(*claims.read(claims.HERE)[:2])
+    rates = {(env, kind): 9e-4 for env in claims.ENVS[:2] for kind in ("1:4", "1:8", "1:8 with critics of 1:4")}
+    rates |= {("HalfCheetah-v5", "dense"): 6e-4, ("Ant-v5", "dense"): 3e-4}
+    assert {key: {run.config["learning_rate"] for run in runs} for key, runs in chosen.items()} == {
+        key: {rate} for key, rate in rates.items()
+    }
+    critics = {kind: {run.config.get("critic_m") for run in runs} for (_, kind), runs in chosen.items()}
+    assert critics == {"dense": {None}, "1:4": {0}, "1:8": {0}, "1:8 with critics of 1:4": {4}}
+
+
 @pytest.mark.parametrize(
     "claimed, bounds, verdict",
     [

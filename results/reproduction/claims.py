@@ -1,6 +1,6 @@
-"""What has ended, and against it the paper's claims and our targets: tables of README.md, made from the project's root.
+"""What has ended, and against it the paper's claims and our targets: tables of README.md, and best.png.
 
-python results/reproduction/claims.py
+python results/reproduction/claims.py  # from the root of the project
 """
 
 import csv
@@ -219,5 +219,13 @@ def tables(folder: Path) -> list[str]:
     ]
 
 
+def at_best(results: dict, dense: dict[tuple[str, str], str]) -> dict[tuple[str, str], list[sad.Run]]:
+    """As `results`, of HalfCheetah-v5 and Ant-v5, each at its best step size: those of a figure that can be read."""
+    kinds = {"1:4": "1:4, best", "1:8": "1:8, best", "1:8 with critics of 1:4": "1:8, critics"}
+    chosen = {(env, "dense"): results[env, dense[env, "1:8, best"]] for env in ENVS[:2]}
+    return chosen | {(env, name): results[env, kind] for env in ENVS[:2] for name, kind in kinds.items()}
+
+
 if __name__ == "__main__":
+    sweep.plot_curves(at_best(*read(HERE)[:2]), list(ENVS[:2]), HERE / "best.png")
     print("\n".join(tables(HERE)), end="")
