@@ -298,6 +298,12 @@ def test_what_masks_say_outlives_the_run_folders(capsys):
             np.testing.assert_array_equal(kept.history.overlap[:, i], run.history.overlap[:, layers].sum(1))
         assert kept.history.steps.tolist() == run.history.steps.tolist() and kept.history.sad.sum() > 0
     assert before["stability_and_return"] == sad.correlate(whole)
+    ((*about, first, last, never, always),) = claims.changes(folder, claims.read(folder)[0])
+    assert about == ["Scripted-v0", "2:4", "2"]
+    rates = np.array([run.history.sad.sum(1) / run.history.active.sum() for run in whole])
+    expected = [rates[:, 1].mean(), rates[:, 1:].mean()]
+    expected += [np.mean([run.sad["total"][f"{when}_active"] for run in whole]) for when in ("never", "always")]
+    np.testing.assert_allclose([float(x) for x in (first, last, never, always)], np.multiply(100, expected), rtol=5e-3)
 
 
 def test_policies_are_of_median_seeds_and_play(monkeypatch):

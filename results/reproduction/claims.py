@@ -22,6 +22,7 @@ SPEED = Path(__file__).parents[1] / "speed/zen4"
 ENVS = ("HalfCheetah-v5", "Ant-v5", "Walker2d-v5", "Hopper-v5")
 VARIANTS = {"": "the recipe, 3e-4", ", letter": "to the letter", ", best": "best step sizes"}
 VARIANTS |= {", critics": "best step sizes, critics of 1:4", ", wide": "best step sizes, wide"}
+CHANGES = "SAD of the first projection (%)", "of the last 100 (%)", "never active (%)", "always active (%)"
 Interval = list[float] | None  # 95 %; None: of one run
 
 
@@ -109,6 +110,22 @@ def processors(results: dict) -> list[list[str]]:
         for run in runs:
             found[run.config["cpu"]][env] += 1
     return [[f"`{cpu}`", *(counts[env] for env in ENVS)] for cpu, counts in found.items()]
+
+
+def changes(folder: Path, results: dict) -> list[list[str]]:
+    """Rows of environment, kind, runs, and in per cent the SAD of the first projection and the mean of the last hundred
+    (of active entries, all six networks), entries that were never active and those that were always: means of runs.
+    """
+    rows = []
+    for (env, kind), runs in results.items():
+        found = []
+        for path in (path for run in runs if (path := folder / f"sad/{run.name}.json").exists()):
+            about, table = json.loads(path.read_text()), np.loadtxt(path.with_suffix(".csv"), delimiter=",", skiprows=1)
+            rates = table[1:, 2:8].sum(1) / sum(about["active"])  # the first row is the start
+            found.append([rates[0], rates[-100:].mean(), about["sad"]["never_active"], about["sad"]["always_active"]])
+        if found:
+            rows.append([env, kind, str(len(found)), *(f"{100 * value:.3g}" for value in np.mean(found, axis=0))])
+    return rows
 
 
 def targets(folder: Path) -> list[list[str]]:
@@ -216,6 +233,7 @@ def tables(folder: Path) -> list[str]:
         sad.markdown(["processor, and its runs", *ENVS], processors(results)),
         sad.markdown(["claim", "how", "where", "ours", "above untrained", "runs", "verdict"], claims(folder)),
         sad.markdown(["target", "how", "where", "ours", "runs", "verdict"], targets(folder)),
+        sad.markdown(["masks of", "", "runs", *CHANGES], changes(folder, results)),
     ]
 
 
