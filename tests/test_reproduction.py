@@ -68,19 +68,20 @@ def test_returns_and_processors_are_those_of_the_files(monkeypatch):
         count[key] = count.get(key, 0) + 1
     assert table == {kind: [rate, *map(", ".join, cells)] for kind, (rate, *cells) in expected.items()}
     counts = {(cpu, i): value for cpu, *cells in claims.processors(results) for i, value in enumerate(cells) if value}
-    assert counts == count and sum(count.values()) >= 43
+    assert counts == count and (total := sum(count.values())) >= 48
+    for text in ("README.md", claims.HERE / "README.md"):
+        assert re.findall(r"(\d+) of 99", Path(text).read_text()) == [str(total)]
 
 
 def test_the_figure_shows_each_at_its_best_step_size(monkeypatch):
     monkeypatch.chdir(ROOT)
     chosen = claims.at_best(*claims.read(claims.HERE)[:2])
-    rates = {(env, kind): 9e-4 for env in claims.ENVS[:2] for kind in ("1:4", "1:8", "1:8 with critics of 1:4")}
-    rates |= {("HalfCheetah-v5", "dense"): 6e-4, ("Ant-v5", "dense"): 3e-4}
-    assert {key: {run.config["learning_rate"] for run in runs} for key, runs in chosen.items()} == {
-        key: {rate} for key, rate in rates.items()
-    }
-    critics = {kind: {run.config.get("critic_m") for run in runs} for (_, kind), runs in chosen.items()}
-    assert critics == {"dense": {None}, "1:4": {0}, "1:8": {0}, "1:8 with critics of 1:4": {4}}
+    sparse = {"1:4": (9e-4, 4, 0), "1:8": (9e-4, 8, 0), "1:8 with critics of 1:4": (9e-4, 8, 4)}
+    expected = {(env, kind): {flags} for env in claims.ENVS[:2] for kind, flags in sparse.items()}
+    expected |= {("HalfCheetah-v5", "dense"): {(6e-4, None, None)}, ("Ant-v5", "dense"): {(3e-4, None, None)}}
+    flags = "learning_rate", "m", "critic_m"
+    found = {key: {tuple(map(run.config.get, flags)) for run in runs} for key, runs in chosen.items()}
+    assert found == expected
 
 
 @pytest.mark.parametrize(

@@ -116,15 +116,11 @@ def changes(folder: Path, results: dict) -> list[list[str]]:
     """Rows of environment, kind, runs, and in per cent the SAD of the first projection and the mean of the last hundred
     (of active entries, all six networks), entries that were never active and those that were always: means of runs.
     """
-    rows = []
+    rows, kept = [], json.loads((folder / "sad/summary.json").read_text())["runs"]
     for (env, kind), runs in results.items():
-        found = []
-        for path in (path for run in runs if (path := folder / f"sad/{run.name}.json").exists()):
-            about, table = json.loads(path.read_text()), np.loadtxt(path.with_suffix(".csv"), delimiter=",", skiprows=1)
-            rates = table[1:, 2:8].sum(1) / sum(about["active"])  # the first row is the start
-            found.append([rates[0], rates[-100:].mean(), about["sad"]["never_active"], about["sad"]["always_active"]])
-        if found:
-            rows.append([env, kind, str(len(found)), *(f"{100 * value:.3g}" for value in np.mean(found, axis=0))])
+        if of := [kept[run.name] for run in runs if run.name in kept]:
+            found = [[x["sad_first"], x["sad_last"], x["sad"]["never_active"], x["sad"]["always_active"]] for x in of]
+            rows.append([env, kind, str(len(of)), *(f"{100 * value:.3g}" for value in np.mean(found, axis=0))])
     return rows
 
 

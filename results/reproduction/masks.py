@@ -70,7 +70,11 @@ def main(folder: Path) -> dict:
     for run in sorted(runs, key=lambda run: (run.group, run.config["seed"])):
         groups[run.config["env_id"], sad.label(run.group)].append(run)
     correlations = sad.correlate(runs)
-    found = {run.name: {"notes": run.notes, "stability": run.stability, "sad": run.sad["total"]} for run in runs}
+    found = {}
+    for run in runs:
+        rates = (run.history.sad.sum(1) / run.history.active.sum())[1:]  # of projections: the first record is the start
+        about = {"sad_first": rates[0], "sad_last": rates[-100:].mean()}
+        found[run.name] = {"notes": run.notes, "stability": run.stability, "sad": run.sad["total"]} | about
     summary = {"runs": found, "stability_and_return": correlations}
     (out / "summary.json").write_text(json.dumps(summary, indent=1))
     sad.plot_over_time(groups, 100, out / "sad_over_time.png")
