@@ -349,6 +349,23 @@ def test_policies_are_of_median_seeds_and_play(monkeypatch):
     assert [path.name for path in Path("policies").iterdir()] == ["InvertedPendulum-v5__dense.pt"]
 
 
+def test_the_policies_that_lie_there_are_those_and_play_as_in_their_runs(capsys):
+    """Of every group of seeds that has ended, and of no other; one episode of each is none of the worst of its run."""
+    folder, kept = ROOT / claims.HERE, sorted((ROOT / "results/policies").iterdir())
+    policies.main(folder, Path("policies"))
+    assert {path.name: path.read_bytes() for path in Path("policies").iterdir()} == {
+        path.name: path.read_bytes() for path in kept
+    }
+    medians = dict(re.findall(r"(\S+)\.pt: seed (\d)", capsys.readouterr().out))
+    for path in kept:
+        module = td3 if path.stem.endswith("dense") else rnm
+        module.evaluate_model(module.Args(evaluate=str(path), eval_episodes=1))
+        (played,) = re.findall(r"mean (-?[\d.]+)", capsys.readouterr().out)
+        with open(folder / f"runs/{path.stem}__{medians[f'policies/{path.stem}']}/evaluations.csv") as file:
+            last = [float(row[f"return_{i}"]) for row in list(csv.DictReader(file))[-10:] for i in range(1, 11)]
+        assert float(played) > min(last) / 2, path
+
+
 def test_an_even_number_of_seeds_has_no_median():
     with pytest.raises(ValueError, match="4 seeds, of which none is the median"):
         policies.main(sweep_of({"Ant-v5": {("1:8", "base"): [(1.0, 1)] * 4}}), Path("policies"))
