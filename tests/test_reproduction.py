@@ -51,6 +51,12 @@ def test_numbers_in_the_texts_are_those_of_the_data(monkeypatch):
     assert counts[0] > 10 and counts[1] > 50 and counts[2] > 10 and counts[4] > 10  # intervals, means, speeds
 
 
+def last_episodes(run):
+    """Returns of all episodes of a run's last ten evaluations, read without sad_analysis.py."""
+    with open(run / "evaluations.csv") as file:
+        return [float(row[f"return_{i}"]) for row in list(csv.DictReader(file))[-10:] for i in range(1, 11)]
+
+
 def test_returns_and_processors_are_those_of_the_files(monkeypatch):
     """The mean of all episodes of the last ten evaluations, read without sad_analysis.py; no run is lost."""
     monkeypatch.chdir(ROOT)
@@ -60,10 +66,8 @@ def test_returns_and_processors_are_those_of_the_files(monkeypatch):
     for path in sorted(claims.HERE.glob("runs/*")):
         env, *kind, _ = path.name.split("__")
         config = json.loads((path / "config.json").read_text())
-        with open(path / "evaluations.csv") as file:
-            episodes = [float(row[f"return_{i}"]) for row in list(csv.DictReader(file))[-10:] for i in range(1, 11)]
         row = expected.setdefault(", ".join(kind).replace("_", ":"), [f"{config['learning_rate']:g}", [], [], [], []])
-        row[1 + claims.ENVS.index(env)].append(f"{np.mean(episodes):.0f}")
+        row[1 + claims.ENVS.index(env)].append(f"{np.mean(last_episodes(path)):.0f}")
         key = f"`{config['cpu']}`", claims.ENVS.index(env)
         count[key] = count.get(key, 0) + 1
     assert table == {kind: [rate, *map(", ".join, cells)] for kind, (rate, *cells) in expected.items()}
@@ -351,19 +355,18 @@ def test_policies_are_of_median_seeds_and_play(monkeypatch):
 
 def test_the_policies_that_lie_there_are_those_and_play_as_in_their_runs(capsys):
     """Of every group of seeds that has ended, and of no other; one episode of each is none of the worst of its run."""
-    folder, kept = ROOT / claims.HERE, sorted((ROOT / "results/policies").iterdir())
-    policies.main(folder, Path("policies"))
-    assert {path.name: path.read_bytes() for path in Path("policies").iterdir()} == {
-        path.name: path.read_bytes() for path in kept
-    }
-    medians = dict(re.findall(r"(\S+)\.pt: seed (\d)", capsys.readouterr().out))
-    for path in kept:
-        module = td3 if path.stem.endswith("dense") else rnm
-        module.evaluate_model(module.Args(evaluate=str(path), eval_episodes=1))
+    policies.main(ROOT / claims.HERE, Path("policies"))
+    made, kept = (
+        {path.name: path.read_bytes() for path in Path(root, "policies").iterdir()} for root in ("", ROOT / "results")
+    )
+    assert made == kept
+    chosen = re.findall(r"(\S+)\.pt: seed (\d)", capsys.readouterr().out.replace("policies/", ""))
+    assert {f"{name}.pt" for name, _ in chosen} == set(kept)
+    for name, seed in chosen:
+        module = td3 if name.endswith("dense") else rnm
+        module.evaluate_model(module.Args(evaluate=f"policies/{name}.pt", eval_episodes=1))
         (played,) = re.findall(r"mean (-?[\d.]+)", capsys.readouterr().out)
-        with open(folder / f"runs/{path.stem}__{medians[f'policies/{path.stem}']}/evaluations.csv") as file:
-            last = [float(row[f"return_{i}"]) for row in list(csv.DictReader(file))[-10:] for i in range(1, 11)]
-        assert float(played) > min(last) / 2, path
+        assert float(played) > min(last_episodes(ROOT / claims.HERE / f"runs/{name}__{seed}")) / 2, name
 
 
 def test_an_even_number_of_seeds_has_no_median():
