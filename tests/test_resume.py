@@ -113,7 +113,11 @@ CASES = {
     "draws from all generators": {"env_id": "WanderDraws-v0", "mask_update_interval": 5},
     "physics": {"env_id": "Hopper-v5", "mask_update_interval": 5},
 }
-ON_A_GPU = {"on a GPU": {}, "semi_structured": {"backend": "semi_structured", "mask_update_interval": 7}}
+ON_A_GPU = {
+    "on a GPU": {},
+    "denser critics on a GPU": {"mask_update_interval": 3, "n": 1, "m": 8, "critic_m": 4},
+    "semi_structured": {"backend": "semi_structured", "mask_update_interval": 7},
+}
 CASES |= {case: settings | {"hidden_sizes": (64, 64)} for case, settings in ON_A_GPU.items()}
 
 
