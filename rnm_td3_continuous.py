@@ -872,6 +872,8 @@ def make_env(env_id: str, capture_video: bool = False) -> gym.Env:
     try:
         env = gym.make(env_id, **{"render_mode": "rgb_array"} if capture_video else {})
         if capture_video:  # without a screen or a driver, find out now
+            if renderer := getattr(env.unwrapped, "mujoco_renderer", None):  # its own camera (-1) stays behind
+                renderer.camera_id = max(renderer.camera_id, min(0, renderer.model.ncam - 1))
             env.reset()
             env.render()
     except Exception as error:  # whatever an environment's own code raises; Gymnasium knows names that are alike
@@ -888,15 +890,13 @@ def make_env(env_id: str, capture_video: bool = False) -> gym.Env:
 
 def evaluate(policy: Callable[[np.ndarray], np.ndarray], env: gym.Env, episodes: int, seed: int) -> list[float]:
     """Undiscounted return of each episode. The seed fixes the initial states: every evaluation sees the same ones."""
-    returns = []
+    returns = [0.0] * episodes
     for episode in range(episodes):
         obs, _ = env.reset(seed=seed if episode == 0 else None)
-        episodic_return, done = 0.0, False
-        while not done:
-            obs, reward, terminated, truncated, _ = env.step(policy(obs))
-            episodic_return += reward
-            done = terminated or truncated
-        returns.append(episodic_return)
+        over = False, False  # terminated, truncated
+        while not any(over):
+            obs, reward, *over, _ = env.step(policy(obs))
+            returns[episode] += reward
     return returns
 
 

@@ -12,6 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import gymnasium as gym
+import mujoco
 import numpy as np
 import pytest
 import torch
@@ -511,6 +512,26 @@ def test_video_of_training_and_of_evaluation(script):
     script.evaluate_model(script.Args(evaluate=str(folder / "model.pt"), eval_episodes=2, capture_video=True))
     videos = {path.name for path in (folder / "videos/evaluation").glob("*.mp4")}
     assert videos == {"rl-video-episode-0.mp4", "rl-video-episode-1.mp4"}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("env_id", ["HalfCheetah-v5", "Hopper-v5", "InvertedPendulum-v5"])
+def test_videos_follow_the_agent(env_id, script, monkeypatch):
+    """Painted red, it is seen where it starts and 30 m away (the pendulum's model has no camera, and it cannot go)."""
+    monkeypatch.setenv("MUJOCO_GL", "egl")
+    try:
+        env = script.make_env(env_id, capture_video=True)
+    except script.UsageError as error:
+        pytest.skip(str(error))
+    model, data, red = env.unwrapped.model, env.unwrapped.data, []
+    model.geom_rgba[model.geom_bodyid > 0], model.geom_matid[model.geom_bodyid > 0] = [1, 0, 0, 1], -1
+    for position in (0, 30) if model.ncam else (0,):
+        data.qpos[0] = position
+        mujoco.mj_forward(model, data)
+        picture = env.render().astype(int)
+        red.append((picture[..., 0] > 2 * picture[..., 1] + 20).sum())
+    env.close()
+    assert min(red) > 1000 and max(red) < 2 * min(red), red
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
