@@ -245,6 +245,21 @@ def test_speeds_of_several_processors_are_not_compared():
     assert (ours, runs) == ("2.00 [2.00, 2.00]", "2")
 
 
+def test_all_runs_are_on_the_clock_of_one_processor():
+    """That of three kinds of networks; no wide one was made there, and the step size costs no time."""
+    kinds = {("dense", "base"): [(1.0, 20), (1.0, 22), (1.0, 80)], ("1:8", "base"): [(1.0, 10)]}
+    kinds |= {("1:4", "base"): [(1.0, 30)], ("1:8", "best"): [(1.0, 90)], ("1:4", "wide"): [(1.0, 70)]}
+    folder = sweep_of({"Ant-v5": kinds})
+    for name, changes in (("dense__3", {}), ("1_8__best__1", {}), ("1_4__wide__1", {"hidden_sizes": [16]})):
+        config = folder / f"runs/Ant-v5__{name}/config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"cpu": "slow"} | changes))
+    found = claims.on_one_clock(claims.read(folder)[0])
+    seconds = {kind: [run.seconds[-1] for run in runs] for (_, kind), runs in found.items()}
+    assert seconds == {"dense": [pytest.approx(21)] * 3, "1:8": [10], "1:4": [30], "1:8, best": [pytest.approx(10)]}
+    assert found["Ant-v5", "dense"][2].seconds[:2].tolist() == pytest.approx([21 / 20, 21 / 10])
+    assert set(map(len, claims.sweep.timed(found).values())) == {1, 3}  # of one processor, for the figure
+
+
 def test_what_an_untrained_policy_gets_is_no_merit():
     """Standing still, 60 of 100, would be 0.85 of dense; above it the ratio is 0.62, and the verdict says neither."""
     dense, sparse = [(100.0, 1), (101.0, 1), (99.0, 1)], [(85.0, 1), (86.0, 1), (84.0, 1)]
@@ -357,7 +372,8 @@ def test_the_policies_that_lie_there_are_those_and_play_as_in_their_runs(capsys)
     """Of every group of seeds that has ended, and of no other; one episode of each is none of the worst of its run."""
     policies.main(ROOT / claims.HERE, Path("policies"))
     made, kept = (
-        {path.name: path.read_bytes() for path in Path(root, "policies").iterdir()} for root in ("", ROOT / "results")
+        {path.name: path.read_bytes() for path in Path(root, "policies").glob("*.pt")}
+        for root in ("", ROOT / "results")
     )
     assert made == kept
     chosen = re.findall(r"(\S+)\.pt: seed (\d)", capsys.readouterr().out.replace("policies/", ""))
