@@ -609,7 +609,8 @@ def dress(axis: plt.Axes, **labels) -> None:
     axis.set(**labels)
     axis.grid(alpha=0.3)
     if handles := axis.get_legend_handles_labels()[0]:
-        axis.legend(fontsize=8 if len(handles) < 9 else 5, ncols=1 if len(handles) < 17 else 2)
+        beside = {"loc": "upper left", "bbox_to_anchor": (1, 1)} if len(handles) > 5 else {}  # hides nothing
+        axis.legend(fontsize=8, **beside)
 
 
 def save(figure: plt.Figure, path: Path) -> None:
@@ -707,7 +708,7 @@ def plot_stability(groups: dict[tuple, list[Run]], correlations: dict, path: Pat
         if "spearman" in result:
             text = f"Spearman of stability and return {with_interval(result['spearman'], result['interval'], '+.2f')}"
         axis.set_title(f"{env}\n{text}", fontsize=9)
-        dress(axis, xlabel="spread of the SAD over the last half (std / mean); left is stable", ylabel="final return")
+        dress(axis, xlabel="spread of the SAD over the last half\n(std / mean; left is stable)", ylabel="final return")
     save(figure, path)
 
 
