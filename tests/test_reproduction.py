@@ -51,6 +51,22 @@ def test_numbers_in_the_texts_are_those_of_the_data(monkeypatch):
     assert counts[0] > 10 and counts[1] > 50 and counts[2] > 10 and counts[4] > 10  # intervals, means, speeds
 
 
+def test_ratios_in_the_readme_are_those_of_the_data(monkeypatch):
+    """Of 1:8 where it fails, and of the time that each kind at its best takes, mean of the two environments."""
+    monkeypatch.chdir(ROOT)
+    results, dense, _ = claims.read(claims.HERE)
+    text = Path("README.md").read_text().replace("\n", " ")
+    said = re.findall(r"(\d\.\d) on (Walker2d-v5|Hopper-v5)", text)
+    of_1_8 = claims.ratios(results, dense, "1:8")
+    assert said == [(f"{of_1_8[env][0][0]:.1f}", env) for env in claims.ENVS[2:]]
+    hours = {key: runs[0].seconds[-1] for key, runs in claims.at_best(claims.on_one_clock(results), dense).items()}
+    shares = [
+        np.mean([hours[env, kind] / hours[env, "dense"] for env in claims.ENVS[:2]])
+        for kind in ("1:4", "1:8", "1:8 with critics of 1:4")
+    ]
+    assert f"in {', '.join(f'{share:.1f}' for share in shares)} of its time" in text
+
+
 def last_episodes(run):
     """Returns of all episodes of a run's last ten evaluations, read without sad_analysis.py."""
     with open(run / "evaluations.csv") as file:
