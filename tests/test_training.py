@@ -520,9 +520,12 @@ def test_videos_follow_the_agent(env_id, script, monkeypatch):
     """Painted red, it is seen where it starts and 30 m away (the pendulum's model has no camera, and it cannot go)."""
     monkeypatch.setenv("MUJOCO_GL", "egl")
     try:
-        env = script.make_env(env_id, capture_video=True)
-    except script.UsageError as error:
-        pytest.skip(str(error))
+        plain = gym.make(env_id, render_mode="rgb_array")
+        plain.reset()
+        plain.render()
+    except Exception as error:  # whatever a driver raises
+        pytest.skip(f"no rendering off-screen here: {error!r}")
+    env = script.make_env(env_id, capture_video=True)
     model, data, red = env.unwrapped.model, env.unwrapped.data, []
     model.geom_rgba[model.geom_bodyid > 0], model.geom_matid[model.geom_bodyid > 0] = [1, 0, 0, 1], -1
     for position in (0, 30) if model.ncam else (0,):

@@ -96,23 +96,19 @@ def read(folder: Path) -> tuple[dict, dict[tuple[str, str], str], list[str]]:
 
 
 def on_one_clock(results: dict) -> dict:
-    """Wall times that compare: of each environment those of one processor, that of most kinds of networks, then runs.
-
-    A run made elsewhere gets the mean time of the runs of the same networks there; without any it is left out.
-    """
-    networks = lambda run: str([run.config.get(name) for name in NETWORKS])  # noqa: E731
-    clocks, found = defaultdict(lambda: defaultdict(lambda: defaultdict(list))), {}
-    for (env, _), runs in results.items():
+    """Wall times that compare: a run made elsewhere than on the processor of `sweep.timed` gets the mean time of the
+    runs of the same networks there; without any it is left out."""
+    networks = lambda run: str([run.config["env_id"], *map(run.config.get, NETWORKS)])  # noqa: E731
+    there, found = defaultdict(list), {}
+    for runs in sweep.timed(results).values():
         for run in runs:
-            clocks[env][run.config.get("cpu")][networks(run)].append(run.seconds[-1])
-    for (env, kind), runs in results.items():
-        cpu, times = max(clocks[env].items(), key=lambda item: (len(item[1]), sum(map(len, item[1].values()))))
-        scaled = [
-            replace(run, config=run.config | {"cpu": cpu}, seconds=run.seconds / run.seconds[-1] * np.mean(there))
-            for run in runs
-            if (there := times.get(networks(run)))
-        ]
-        found |= {(env, kind): scaled} if scaled else {}
+            there[networks(run)].append(run)
+    for key, runs in results.items():
+        for run in runs:
+            if same := there.get(networks(run)):
+                seconds = run.seconds / run.seconds[-1] * np.mean([other.seconds[-1] for other in same])
+                config = run.config | {"cpu": same[0].config.get("cpu")}
+                found.setdefault(key, []).append(replace(run, config=config, seconds=seconds))
     return found
 
 
