@@ -33,7 +33,7 @@ claims, masks, policies = (script(f"reproduction/{name}") for name in ("claims",
 def test_numbers_in_the_texts_are_those_of_the_data(monkeypatch):
     monkeypatch.chdir(ROOT)
     parts = script("recipe/parts")
-    made = parts.tables(parts.read()) + Path("results/recipe/report.md").read_text()
+    made = parts.tables(parts.read()) + Path("results/recipe/report.md").read_text() + claims.summary(claims.HERE)
     for table in claims.tables(claims.HERE):
         assert table in Path("results/reproduction/README.md").read_text()
         made += table
@@ -51,26 +51,71 @@ def test_numbers_in_the_texts_are_those_of_the_data(monkeypatch):
     assert counts[0] > 10 and counts[1] > 50 and counts[2] > 10 and counts[4] > 10  # intervals, means, speeds
 
 
-def test_ratios_in_the_readme_are_those_of_the_data(monkeypatch):
-    """Of 1:8 where it fails, and of the time that each kind at its best takes, mean of the two environments."""
-    monkeypatch.chdir(ROOT)
-    results, dense, _ = claims.read(claims.HERE)
-    text = Path("README.md").read_text().replace("\n", " ")
-    said = re.findall(r"(\d\.\d) on (Walker2d-v5|Hopper-v5)", text)
-    of_1_8 = claims.ratios(results, dense, "1:8")
-    assert said == [(f"{of_1_8[env][0][0]:.1f}", env) for env in claims.ENVS[2:]]
-    hours = {key: runs[0].seconds[-1] for key, runs in claims.at_best(claims.on_one_clock(results), dense).items()}
-    shares = [
-        np.mean([hours[env, kind] / hours[env, "dense"] for env in claims.ENVS[:2]])
-        for kind in ("1:4", "1:8", "1:8 with critics of 1:4")
-    ]
-    assert f"in {', '.join(f'{share:.1f}' for share in shares)} of its time" in text
-
-
 def last_episodes(run):
     """Returns of all episodes of a run's last ten evaluations, read without sad_analysis.py."""
     with open(run / "evaluations.csv") as file:
         return [float(row[f"return_{i}"]) for row in list(csv.DictReader(file))[-10:] for i in range(1, 11)]
+
+
+def finals(env, kind):
+    """Final returns of its seeds, read without claims.py."""
+    folders = claims.HERE.glob(f"runs/{env}__{kind.replace(', ', '__').replace(':', '_')}__[0-9]")
+    return np.array([np.mean(last_episodes(folder)) for folder in folders])
+
+
+def test_the_table_of_results_in_the_readme(monkeypatch):
+    """It is what claims.py makes of the data, and its means, spreads and ratios are those of the files."""
+    monkeypatch.chdir(ROOT)
+    table = claims.summary(claims.HERE)
+    assert table in Path("README.md").read_text()
+    found = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+    found = {name: cells for name, *cells in found}
+    best, pair = ("", "1:4, best", "1:8, best", "1:8, critics"), claims.ENVS[:2]
+    groups = {f"{env}, 3e-4 for all": (env, "dense", "2:4", "1:4", "1:8", "") for env in claims.ENVS}
+    groups["HalfCheetah-v5, each at its best"] = "HalfCheetah-v5", "dense, best", *best
+    groups["Ant-v5, each at its best"] = "Ant-v5", "dense", *best
+    ratios = {}
+    for name, (env, *kinds) in groups.items():
+        samples = [finals(env, kind) for kind in kinds]
+        ratios[name] = np.array([values.mean() / samples[0].mean() if values.size else np.nan for values in samples])
+        for values, ratio, cell in zip(samples, ratios[name], found[name], strict=True):
+            said, expected = cell.replace(":", "").split(), [f"{values.mean():.0f}"] if values.size else []
+            if values.size > 1:
+                expected += "+-", f"{values.std(ddof=1):.0f}"
+            if values.size and values is not samples[0]:
+                expected += [f"{ratio:.2f}"]
+            assert said[: len(expected)] == expected and bool(said) == bool(expected)
+    for how in ("3e-4 for all", "each at its best"):
+        means = sum(ratios[f"{env}, {how}"] for env in pair)[1:] / 2
+        said = [cell.split(" ")[0] for cell in found[f"mean of HalfCheetah-v5 and Ant-v5, {how}"][1:]]
+        assert said == ["" if np.isnan(mean) else f"{mean:.2f}" for mean in means]
+
+
+def test_ratios_in_the_readme_are_those_of_the_data(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    results, dense, _ = claims.read(claims.HERE)
+    text, pair = Path("README.md").read_text().replace("\n", " "), claims.ENVS[:2]
+
+    def of_dense(quantity, runs, *kinds):
+        return [np.mean([quantity(runs[e, kind]) / quantity(runs[e, "dense"]) for e in pair]) for kind in kinds]
+
+    def final(runs):
+        return sad.final(runs).mean()
+
+    best = "1:4", "1:8", "1:8 with critics of 1:4"
+    said = "1:4 has {:.2f} of the return of dense, 1:8 {:.2f}, 1:8 with critics of 1:4 {:.2f} "
+    assert said.format(*of_dense(final, claims.at_best(results, dense), *best)) in text
+    timed = claims.at_best(claims.on_one_clock(results), dense)
+    said = "in {:.1f}, {:.1f}, {:.1f} of its time;"
+    assert said.format(*of_dense(lambda runs: runs[0].seconds[-1], timed, *best)) in text
+    said = "together they lift 1:8 from {:.2f} to {:.2f} of dense (at 3e-4, mean of HalfCheetah-v5 and Ant-v5)"
+    assert said.format(*of_dense(final, results, "1:8, letter", "1:8")) in text
+    failed = final(results["Walker2d-v5", "1:8"]) / final(results["Walker2d-v5", "dense"])
+    assert f"on Walker2d-v5 1:8 has {failed:.1f}." in text
+    rows = [row for row in claims.targets(claims.HERE) if "quarter" in row[0] and row[1].startswith("best step sizes")]
+    ours = [", ".join(f"{float(row[3].split()[0]):.1f}" for row in rows if row[2] == env) for env in pair]
+    said = "they have {1} times its return on Ant-v5, where it hardly walks by then, and {0} times on HalfCheetah-v5."
+    assert said.format(*ours) in text
 
 
 def test_returns_and_processors_are_those_of_the_files(monkeypatch):

@@ -1,4 +1,5 @@
-"""What has ended, and against it the paper's claims and our targets: tables of README.md, and best.png.
+"""What has ended, and against it the paper's claims and our targets: tables of README.md, best.png, and the table of
+results in the README.md of the project.
 
 python results/reproduction/claims.py  # from the root of the project
 """
@@ -252,6 +253,39 @@ def tables(folder: Path) -> list[str]:
     ]
 
 
+def summary(folder: Path) -> str:
+    """The table of the project's README.md: active weights, wall time as a share of that of dense (mean of two
+    environments), and final returns, mean +- standard deviation and ratio to dense. Raises sweep.UsageError.
+    """
+    results, dense, _ = read(folder)
+    timed, two = on_one_clock(results), {key: base for key, base in dense.items() if key[0] in ENVS[:2]}
+    kinds, both = ["2:4", "1:4", "1:8", "1:8, critics"], "mean of HalfCheetah-v5 and Ant-v5"
+    hours = {key: runs[0].seconds[-1] for key, runs in timed.items()}
+    shares = [np.mean([hours[env, kind] / hours[env, "dense"] for env in ENVS[:2]]) for kind in kinds]
+    active = [sweep.weights(results[ENVS[0], kind][0].config)["active"] for kind in kinds]
+    costs = [f"{share:.1f} %, {time:.2f}" for share, time in zip(active, shares, strict=True)]
+    rows = [["active weights (HalfCheetah-v5), wall time", "100 %, 1", *costs]]
+
+    def returns(runs: list[sad.Run]) -> str:
+        values = sad.final(runs)
+        return f"{values.mean():.0f}" + (f" +- {values.std(ddof=1):.0f}" if len(values) > 1 else "")
+
+    for how, kinds in (
+        ("3e-4 for all", ["2:4", "1:4", "1:8", ""]),
+        ("each at its best", ["", "1:4, best", "1:8, best", "1:8, critics"]),
+    ):
+        found = {kind: ratios(results, dense, kind) for kind in kinds}
+        for env in (env for env in ENVS if env in found[kinds[2]]):
+            cells = [f"{env}, {how}", returns(results[env, dense[env, kinds[2]]])]
+            for kind in kinds:
+                ratio = found[kind].get(env)
+                cells.append(f"{returns(results[env, kind])}: {sad.with_interval(*ratio[0], '.2f')}" if ratio else "")
+            rows.append(cells)
+        means = [ratios(results, two, kind).get("mean of 2 environments") for kind in kinds]
+        rows.append([f"{both}, {how}", "1", *(sad.with_interval(*mean[0], ".2f") if mean else "" for mean in means)])
+    return sad.markdown(["1 000 000 steps", "dense", "2:4", "1:4", "1:8", "1:8, `--critic-m 4`"], rows)
+
+
 def at_best(results: dict, dense: dict[tuple[str, str], str]) -> dict[tuple[str, str], list[sad.Run]]:
     """As `results`, of HalfCheetah-v5 and Ant-v5, each at its best step size: those of a figure that can be read."""
     kinds = {"1:4": "1:4, best", "1:8": "1:8, best", "1:8 with critics of 1:4": "1:8, critics"}
@@ -262,4 +296,4 @@ def at_best(results: dict, dense: dict[tuple[str, str], str]) -> dict[tuple[str,
 if __name__ == "__main__":
     found, dense_of, _ = read(HERE)
     sweep.plot_curves(at_best(on_one_clock(found), dense_of), list(ENVS[:2]), HERE / "best.png")
-    print("\n".join(tables(HERE)), end="")
+    print("\n".join([*tables(HERE), summary(HERE)]), end="")
