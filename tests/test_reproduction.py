@@ -33,7 +33,8 @@ claims, masks, policies = (script(f"reproduction/{name}") for name in ("claims",
 def test_numbers_in_the_texts_are_those_of_the_data(monkeypatch):
     monkeypatch.chdir(ROOT)
     parts = script("recipe/parts")
-    made = parts.tables(parts.read()) + Path("results/recipe/report.md").read_text() + claims.summary(claims.HERE)
+    made = parts.tables(parts.read()) + Path("results/recipe/report.md").read_text()
+    made += claims.summary(*claims.read(claims.HERE)[:2])
     for table in claims.tables(claims.HERE):
         assert table in Path("results/reproduction/README.md").read_text()
         made += table
@@ -57,16 +58,29 @@ def last_episodes(run):
         return [float(row[f"return_{i}"]) for row in list(csv.DictReader(file))[-10:] for i in range(1, 11)]
 
 
+def folders(env, kind):
+    return claims.HERE.glob(f"runs/{env}__{kind.replace(', ', '__').replace(':', '_')}__[0-9]")
+
+
 def finals(env, kind):
     """Final returns of its seeds, read without claims.py."""
-    folders = claims.HERE.glob(f"runs/{env}__{kind.replace(', ', '__').replace(':', '_')}__[0-9]")
-    return np.array([np.mean(last_episodes(folder)) for folder in folders])
+    return np.array([np.mean(last_episodes(folder)) for folder in folders(env, kind)])
+
+
+def seconds(env, *kinds):
+    """Mean of the runs of these kinds, whose networks are the same, on the processor that has most."""
+    found = []
+    for folder in [folder for kind in kinds for folder in folders(env, kind)]:
+        if json.loads((folder / "config.json").read_text())["cpu"] == "GenuineIntel 6 207 AVX512":
+            with open(folder / "evaluations.csv") as file:
+                found.append(float(list(csv.DictReader(file))[-1]["seconds"]))
+    return np.mean(found)
 
 
 def test_the_table_of_results_in_the_readme(monkeypatch):
     """It is what claims.py makes of the data, and its means, spreads and ratios are those of the files."""
     monkeypatch.chdir(ROOT)
-    table = claims.summary(claims.HERE)
+    table = claims.summary(*claims.read(claims.HERE)[:2])
     assert table in Path("README.md").read_text()
     found = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
     found = {name: cells for name, *cells in found}
@@ -89,6 +103,11 @@ def test_the_table_of_results_in_the_readme(monkeypatch):
         means = sum(ratios[f"{env}, {how}"] for env in pair)[1:] / 2
         said = [cell.split(" ")[0] for cell in found[f"mean of HalfCheetah-v5 and Ant-v5, {how}"][1:]]
         assert said == ["" if np.isnan(mean) else f"{mean:.2f}" for mean in means]
+    networks = [("2:4",), ("1:4", "1:4, best"), ("1:8", "1:8, best"), ("1:8, critics",)]
+    hours = {env: np.array([seconds(env, *kinds) for kinds in [("dense", "dense, best"), *networks]]) for env in pair}
+    shares = np.mean([hours[env] / hours[env][0] for env in pair], axis=0)[1:]
+    said = [cell.split(", ")[1] for cell in found["active weights (HalfCheetah-v5), wall time"][1:]]
+    assert said == [f"{share:.2f}" for share in shares]
 
 
 def test_ratios_in_the_readme_are_those_of_the_data(monkeypatch):

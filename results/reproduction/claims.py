@@ -60,14 +60,14 @@ def compare(*pairs: tuple[np.ndarray, np.ndarray]) -> tuple[float, Interval]:
     return mean, [mean - half, mean + half]
 
 
-def ratios(results: dict, dense: dict[tuple[str, str], str], kind: str) -> dict[str, tuple]:
+def ratios(results: dict, dense: dict[tuple[str, str], str], kind: str, envs=ENVS) -> dict[str, tuple]:
     """By environment, and over all where there are several: ratio of final returns to dense, the same of what is above
     an untrained policy, which on Ant-v5 has much for standing, and the number of runs.
 
     Left out: environments where a dense run has no positive return, or none above an untrained policy.
     """
     groups = {}
-    for env in (env for env in ENVS if (env, kind) in dense):
+    for env in (env for env in envs if (env, kind) in dense):
         ours, runs = sad.final(results[env, kind]), results[env, dense[env, kind]]
         theirs, before = sad.final(runs), [run.returns[run.steps <= run.config["learning_starts"]] for run in runs]
         untrained = np.concatenate(before).mean()
@@ -151,7 +151,6 @@ def targets(folder: Path) -> list[list[str]]:
     its steps. Raises sweep.UsageError.
     """
     results, dense, _ = read(folder)
-    dense = {(env, kind): base for (env, kind), base in dense.items() if env in ENVS[:2]}
     timed, both, rows = on_one_clock(results), "mean of 2 environments", []
 
     def add(target: str, least: float, how: str, where: str, found: tuple[float, Interval], runs: int) -> None:
@@ -161,7 +160,7 @@ def targets(folder: Path) -> list[list[str]]:
     for variant, how in VARIANTS.items():
         for pattern, least in (("1:4", 1.0), ("1:8", 0.9)):
             kind = pattern + variant
-            if both in (found := ratios(results, dense, kind)):
+            if both in (found := ratios(results, dense, kind, ENVS[:2])):
                 raw, _, runs = found[both]
                 add(f"{pattern}: final return", least, how, both, raw, runs)
             for env in ENVS[:2]:
@@ -253,14 +252,12 @@ def tables(folder: Path) -> list[str]:
     ]
 
 
-def summary(folder: Path) -> str:
+def summary(results: dict, dense: dict[tuple[str, str], str]) -> str:
     """The table of the project's README.md: active weights, wall time as a share of that of dense (mean of two
-    environments), and final returns, mean +- standard deviation and ratio to dense. Raises sweep.UsageError.
+    environments), and final returns, mean +- standard deviation and ratio to dense.
     """
-    results, dense, _ = read(folder)
-    timed, two = on_one_clock(results), {key: base for key, base in dense.items() if key[0] in ENVS[:2]}
     kinds, both = ["2:4", "1:4", "1:8", "1:8, critics"], "mean of HalfCheetah-v5 and Ant-v5"
-    hours = {key: runs[0].seconds[-1] for key, runs in timed.items()}
+    hours = {key: runs[0].seconds[-1] for key, runs in on_one_clock(results).items()}
     shares = [np.mean([hours[env, kind] / hours[env, "dense"] for env in ENVS[:2]]) for kind in kinds]
     active = [sweep.weights(results[ENVS[0], kind][0].config)["active"] for kind in kinds]
     costs = [f"{share:.1f} %, {time:.2f}" for share, time in zip(active, shares, strict=True)]
@@ -281,7 +278,7 @@ def summary(folder: Path) -> str:
                 ratio = found[kind].get(env)
                 cells.append(f"{returns(results[env, kind])}: {sad.with_interval(*ratio[0], '.2f')}" if ratio else "")
             rows.append(cells)
-        means = [ratios(results, two, kind).get("mean of 2 environments") for kind in kinds]
+        means = [ratios(results, dense, kind, ENVS[:2]).get("mean of 2 environments") for kind in kinds]
         rows.append([f"{both}, {how}", "1", *(sad.with_interval(*mean[0], ".2f") if mean else "" for mean in means)])
     return sad.markdown(["1 000 000 steps", "dense", "2:4", "1:4", "1:8", "1:8, `--critic-m 4`"], rows)
 
@@ -296,4 +293,4 @@ def at_best(results: dict, dense: dict[tuple[str, str], str]) -> dict[tuple[str,
 if __name__ == "__main__":
     found, dense_of, _ = read(HERE)
     sweep.plot_curves(at_best(on_one_clock(found), dense_of), list(ENVS[:2]), HERE / "best.png")
-    print("\n".join([*tables(HERE), summary(HERE)]), end="")
+    print("\n".join([*tables(HERE), summary(found, dense_of)]), end="")
