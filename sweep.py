@@ -495,14 +495,14 @@ def rates(runs: list[Run]) -> np.ndarray:
 
 
 def timed(results: dict[tuple[str, str], list[Run]]) -> dict[tuple[str, str], list[Run]]:
-    """Of each environment the runs on one processor, that of most kinds, then runs: hours on others do not compare."""
+    """Of each environment the runs on one processor: one with dense runs if there is any, of most kinds, then runs."""
     found = {}
-    for where in dict.fromkeys(env for env, _ in results):
-        by_cpu = defaultdict(lambda: defaultdict(list))
+    for env in dict.fromkeys(env for env, _ in results):
+        cpus = defaultdict(lambda: defaultdict(list))
         for key, runs in results.items():
-            for run in runs if key[0] == where else []:
-                by_cpu[run.config.get("cpu")][key].append(run)
-        found |= max(by_cpu.values(), key=lambda groups: (len(groups), sum(map(len, groups.values()))))
+            for run in runs if key[0] == env else []:
+                cpus[run.config.get("cpu")][key].append(run)
+        found |= max(cpus.values(), key=lambda runs: ((env, "dense") in runs, len(runs), sum(map(len, runs.values()))))
     return found
 
 

@@ -473,7 +473,7 @@ def test_report_says_what_an_hour_buys(monkeypatch):
 
 
 def test_times_are_those_of_one_processor(monkeypatch):
-    """Of each environment, that with runs of most kinds; returns are those of all."""
+    """Of each environment, that with runs of most kinds, dense among them; returns are those of all."""
     monkeypatch.setattr(sweep, "LAST", 2)
     monkeypatch.setattr(sad, "LAST", 2)
     rise, figures, kinds = np.linspace(50, 1000, 20), [], ("dense", "1:4", "1:8")
@@ -503,6 +503,8 @@ def test_times_are_those_of_one_processor(monkeypatch):
     assert max(line.get_xdata()[-1] for line in figures[0].axes[1].lines) == pytest.approx(0.4)
     move(["A__1_8__0"], "slow", 1)  # as many kinds as those without a name, of fewer runs
     assert [row[:3] for row in cells(fast=False)] == [["3", "2", "2.00"], ["3", "2", "4.00"], ["3", "0", ""]]
+    move(["A__1_4__1", "A__1_4__2"], "slow", 1)  # as many kinds as the fast one, of more runs, but no dense one
+    assert [row[:3] for row in cells(fast=True)] == [["3", "1", "0.20"], ["3", "1", "0.40"], ["3", "0", ""]]
 
 
 def test_report_compares_variants_with_their_dense_runs_and_the_best():
