@@ -499,7 +499,7 @@ class Run(contextlib.AbstractContextManager):
     # ---- the loop
 
     def start(self) -> np.ndarray:
-        """The first observation. Raises UsageError."""
+        """The first observation. Raises UsageError, EnvironmentFault."""
         args = self.args
         if args.profile:
             self.profile.enable()
@@ -866,7 +866,7 @@ def read_model(path: str | Path) -> tuple[Actor, dict]:
             raise ValueError("a check sum is wrong")  # torch.load does not look at them
         model = torch.load(path, map_location="cpu", weights_only=True)
         if model["format"] != MODEL_FORMAT:
-            raise ValueError(f"its format is {model['format']}")
+            raise ValueError(f"its format is {model['format']}; rnm_td3_continuous.py plays rnm-td3-1")
         args, state, obs_dim, _ = model["args"], model["actor"], model["obs_dim"], model["args"]["env_id"]
         actor = Actor(obs_dim, state["action_low"], state["action_high"], args["hidden_sizes"])
         actor.load_state_dict(state)

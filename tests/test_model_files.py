@@ -99,7 +99,8 @@ def test_foreign_files_are_refused_and_run_nothing(script, monkeypatch, capsys):
         assert script.main() == 2, path
         lines = [line for line in capsys.readouterr().err.splitlines() if "Warn" not in line and line.strip()]
         assert len(lines) == 1 and lines[0].startswith(f"error: {path}: "), lines
-    assert f"its format is {other.MODEL_FORMAT}" in lines[0]  # of the other script's model, which is the last one
+    told = f"its format is {other.MODEL_FORMAT}; {other.__name__}.py plays {other.MODEL_FORMAT}"
+    assert told in lines[0]  # of the other script's model, which is the last one
     assert not Path("touched").exists()
 
 
