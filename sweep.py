@@ -495,7 +495,7 @@ def rates(runs: list[Run]) -> np.ndarray:
 
 
 def timed(results: dict[tuple[str, str], list[Run]]) -> dict[tuple[str, str], list[Run]]:
-    """Of each environment the runs on one processor: one with dense runs if there is any, of most kinds, then runs."""
+    """Of each environment the runs on one processor, as hours on others do not compare: with dense, of most kinds."""
     found = {}
     for env in dict.fromkeys(env for env, _ in results):
         cpus = defaultdict(lambda: defaultdict(list))

@@ -114,6 +114,9 @@ def test_ratios_in_the_readme_are_those_of_the_data(monkeypatch):
     monkeypatch.chdir(ROOT)
     results, dense, _ = claims.read(claims.HERE)
     text, pair = Path("README.md").read_text().replace("\n", " "), claims.ENVS[:2]
+    ended = f"{len(list(claims.HERE.glob('runs/*')))} of {len(claims.sweep.read_plan(claims.HERE))}"
+    assert f"({ended} runs)" in text
+    assert f"{ended} have ended" in (claims.HERE / "README.md").read_text()
 
     def of_dense(quantity, runs, *kinds):
         return [np.mean([quantity(runs[e, kind]) / quantity(runs[e, "dense"]) for e in pair]) for kind in kinds]
