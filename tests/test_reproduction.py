@@ -141,6 +141,17 @@ def test_ratios_in_the_readme_are_those_of_the_data(monkeypatch):
     assert said.format(*ours) in text
 
 
+def test_when_hopper_began_to_hop_is_that_of_the_data(monkeypatch):
+    """The first evaluation above 1 500, of the groups of which all runs have one."""
+    monkeypatch.chdir(ROOT)
+    results, said = claims.read(claims.HERE)[0], []
+    for kind in ("1:4", "2:4", "dense"):
+        steps = [run.steps[run.returns > 1500].min() for run in results["Hopper-v5", kind]]
+        said.append(f"{min(steps):_} to {max(steps):_}".replace("_", " "))
+    said = "after {} steps, those of 2:4 so far after {}, those of dense after {}.".format(*said)
+    assert said in Path("results/reproduction/README.md").read_text().replace("\n", " ")
+
+
 def test_returns_and_processors_are_those_of_the_files(monkeypatch):
     """The mean of all episodes of the last ten evaluations, read without sad_analysis.py; no run is lost."""
     monkeypatch.chdir(ROOT)
