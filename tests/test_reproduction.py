@@ -148,7 +148,7 @@ def test_when_hopper_began_to_hop_is_that_of_the_data(monkeypatch):
     for kind in ("1:4", "2:4", "dense"):
         steps = [run.steps[run.returns > 1500].min() for run in results["Hopper-v5", kind]]
         said.append(f"{min(steps):_} to {max(steps):_}".replace("_", " "))
-    said = "after {} steps, those of 2:4 so far after {}, those of dense after {}.".format(*said)
+    said = "after {} steps, those of 2:4 after {}, those of dense after {}.".format(*said)
     assert said in Path("results/reproduction/README.md").read_text().replace("\n", " ")
 
 
