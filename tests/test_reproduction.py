@@ -141,6 +141,19 @@ def test_ratios_in_the_readme_are_those_of_the_data(monkeypatch):
     assert said.format(*ours) in text
 
 
+def test_seeds_in_the_readme_are_those_of_the_runs(monkeypatch):
+    """Three of each pattern, and the groups named that have another number."""
+    monkeypatch.chdir(ROOT)
+    results, said = claims.read(claims.HERE)[0], []
+    for env in claims.ENVS:
+        count, parts = {kind: len(results[env, kind]) for kind in ("dense", "2:4", "1:4", "1:8")}, []
+        for number in sorted({*count.values()} - {3}):
+            *first, last = (kind for kind in count if count[kind] == number)
+            parts.append(f"{number} of {', '.join(first)}{' and ' * bool(first)}{last}")
+        said += [f"{env}: {', '.join(parts)}"] * bool(parts)
+    assert f" 3 seeds ({'; '.join(said)}). Final return: " in Path("README.md").read_text().replace("\n", " ")
+
+
 def test_when_hopper_began_to_hop_is_that_of_the_data(monkeypatch):
     """The first evaluation above 1 500, of the groups of which all runs have one."""
     monkeypatch.chdir(ROOT)
