@@ -610,7 +610,8 @@ def dress(axis: plt.Axes, **labels) -> None:
     axis.grid(alpha=0.3)
     if handles := axis.get_legend_handles_labels()[0]:
         beside = {"loc": "upper left", "bbox_to_anchor": (1, 1)} if len(handles) > 5 else {}  # hides nothing
-        axis.legend(fontsize=8, **beside)
+        beside |= {"fontsize": 6, "ncols": 2} if len(handles) > 20 else {"fontsize": 8}
+        axis.legend(**beside)
 
 
 def save(figure: plt.Figure, path: Path) -> None:

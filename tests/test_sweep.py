@@ -564,6 +564,22 @@ def test_of_many_curves_the_color_tells_the_pattern_and_no_two_are_alike():
     )
 
 
+@pytest.mark.parametrize("number", [20, 40])
+def test_a_long_legend_hides_no_curve_and_lies_in_the_figure(number):
+    figure, axes = sad.panels(2, 2, 6, 4.2)
+    for axis in axes.flat:
+        for i in range(number):
+            axis.plot([0, 1], [i, i], label=f"1:8, critics14 (3 seeds), {i}")
+        sad.dress(axis)
+    figure.canvas.draw()
+    for axis in axes.flat:
+        legend, others = axis.get_legend().get_window_extent(), [other.bbox for other in axes.flat]
+        assert all(figure.bbox.contains(*corner) for corner in (legend.min, legend.max))
+        assert not legend.count_overlaps(others) and axis.bbox.width > figure.bbox.width / 8
+        assert axis.bbox.height > figure.bbox.height / 3
+    sad.plt.close(figure)
+
+
 def test_of_several_run_folders_the_one_that_has_gone_furthest_counts():
     task, name = tasks()[1], "InvertedPendulum-v5__out__2_4__1__"
     for started, step in ((1, 120), (2, 40), (3, None)):
