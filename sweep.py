@@ -502,9 +502,7 @@ def timed(results: dict[tuple[str, str], list[Run]]) -> dict[tuple[str, str], li
         for key, runs in results.items():
             for run in runs if key[0] == env else []:
                 cpus[run.config.get("cpu")][key].append(run)
-        found |= max(
-            cpus.values(), key=lambda runs: (len(runs.get((env, "dense"), [])), len(runs), sum(map(len, runs.values())))
-        )
+        found |= max(cpus.values(), key=lambda runs: (len(runs.get((env, "dense"), [])), len(runs)))
     return found
 
 
