@@ -609,9 +609,9 @@ def dress(axis: plt.Axes, **labels) -> None:
     axis.set(**labels)
     axis.grid(alpha=0.3)
     if handles := axis.get_legend_handles_labels()[0]:
-        beside = {"loc": "upper left", "bbox_to_anchor": (1, 1)} if len(handles) > 5 else {}  # hides nothing
-        beside |= {"fontsize": 6, "ncols": 2} if len(handles) > 20 else {"fontsize": 8}
-        axis.legend(**beside)
+        options = {"loc": "upper left", "bbox_to_anchor": (1, 1)} if len(handles) > 5 else {}  # hides nothing
+        options |= {"fontsize": 6, "ncols": 2} if len(handles) > 20 else {"fontsize": 8}
+        axis.legend(**options)
 
 
 def save(figure: plt.Figure, path: Path) -> None:

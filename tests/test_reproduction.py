@@ -76,15 +76,15 @@ def clock(env):
     """The processor with most dense runs, of these that with most kinds; read without sweep.py."""
     kinds = defaultdict(list)
     for folder in claims.HERE.glob(f"runs/{env}__*"):
-        kinds[cpu(folder)].append(folder.name.removeprefix(f"{env}__")[:-3])
-    return max(kinds, key=lambda cpu: (kinds[cpu].count("dense"), len(set(kinds[cpu]))))
+        kinds[cpu(folder)].append(folder.name.removeprefix(f"{env}__").rpartition("__")[0])
+    return max(kinds, key=lambda name: (kinds[name].count("dense"), len(set(kinds[name]))))
 
 
 def seconds(env, *kinds):
     """Mean of the runs of these kinds, whose networks are the same, on the processor whose times count."""
-    found = []
+    found, counted = [], clock(env)
     for folder in [folder for kind in kinds for folder in folders(env, kind)]:
-        if cpu(folder) == clock(env):
+        if cpu(folder) == counted:
             with open(folder / "evaluations.csv") as file:
                 found.append(float(list(csv.DictReader(file))[-1]["seconds"]))
     return np.mean(found)

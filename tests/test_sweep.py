@@ -572,10 +572,11 @@ def test_a_long_legend_hides_no_curve_and_lies_in_the_figure(number):
             axis.plot([0, 1], [i, i], label=f"1:8, critics14 (3 seeds), {i}")
         sad.dress(axis)
     figure.canvas.draw()
+    panels = [axis.bbox for axis in axes.flat]
     for axis in axes.flat:
-        legend, others = axis.get_legend().get_window_extent(), [other.bbox for other in axes.flat]
+        legend = axis.get_legend().get_window_extent()
         assert all(figure.bbox.contains(*corner) for corner in (legend.min, legend.max))
-        assert not legend.count_overlaps(others) and axis.bbox.width > figure.bbox.width / 8
+        assert not legend.count_overlaps(panels) and axis.bbox.width > figure.bbox.width / 8
         assert axis.bbox.height > figure.bbox.height / 3
     sad.plt.close(figure)
 
