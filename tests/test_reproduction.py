@@ -19,6 +19,7 @@ import sad_analysis as sad
 import td3_continuous as td3
 
 ROOT = Path(__file__).parents[1]
+BEST = "1:4, best", "1:8, best", "1:8, critics"
 
 
 def script(name):
@@ -112,19 +113,19 @@ def test_the_table_of_results_in_the_readme(monkeypatch):
             if values.size and values is not samples[0]:
                 expected += [f"{ratio:.2f}"]
             assert said[: len(expected)] == expected and bool(said) == bool(expected)
-    for how in ("3e-4 for all", "each at its best"):
-        means = sum(ratios[f"{env}, {how}"] for env in pair)[1:] / 2
-        said = [cell.split(" ")[0] for cell in found[f"mean of HalfCheetah-v5 and Ant-v5, {how}"][1:]]
+    for how, envs in (("3e-4 for all", claims.ENVS), ("each at its best", pair)):
+        means = np.mean([ratios[f"{env}, {how}"] for env in envs], axis=0)[1:]
+        said = [cell.split(" ")[0] for cell in found[f"mean of {len(envs)} environments, {how}"][1:]]
         assert said == ["" if np.isnan(mean) else f"{mean:.2f}" for mean in means]
     networks = [("2:4",), ("1:4", "1:4, best"), ("1:8", "1:8, best"), ("1:8, critics",)]
     hours = {env: np.array([seconds(env, *kinds) for kinds in [("dense", "dense, best"), *networks]]) for env in pair}
     shares = np.mean([hours[env] / hours[env][0] for env in pair], axis=0)[1:]
-    said = [cell.split(", ")[1] for cell in found["active weights (HalfCheetah-v5), wall time"][1:]]
+    said = [cell.split(", ")[1] for cell in found["active weights (HalfCheetah-v5); wall time (mean with Ant-v5)"][1:]]
     assert said == [f"{share:.2f}" for share in shares]
     of = ["`{1} {2}`".format(*clock(env).split()) for env in pair]
     of = f"{of[0]}:" if of[0] == of[1] else f"{of[0]} on {pair[0]}, of {of[1]} on {pair[1]}:"
     text = (claims.HERE / "README.md").read_text().replace("\n", " ")
-    assert f"Hours, of the figure above and of the second target, are of {of} a run that was" in text
+    assert f"Hours, of the figure above and of the second target, are of {of} every run gets" in text
 
 
 def test_ratios_in_the_readme_are_those_of_the_data(monkeypatch):
@@ -133,7 +134,8 @@ def test_ratios_in_the_readme_are_those_of_the_data(monkeypatch):
     text, pair = Path("README.md").read_text().replace("\n", " "), claims.ENVS[:2]
     ended = f"{len(list(claims.HERE.glob('runs/*')))} of {len(claims.sweep.read_plan(claims.HERE))}"
     assert f"({ended} runs)" in text
-    assert f"{ended} have ended" in (claims.HERE / "README.md").read_text()
+    page = (claims.HERE / "README.md").read_text().replace("\n", " ")
+    assert f"{ended} have ended" in page
 
     def of_dense(quantity, runs, *kinds):
         return [np.mean([quantity(runs[e, kind]) / quantity(runs[e, "dense"]) for e in pair]) for kind in kinds]
@@ -142,44 +144,88 @@ def test_ratios_in_the_readme_are_those_of_the_data(monkeypatch):
         return sad.final(runs).mean()
 
     best = "1:4", "1:8", "1:8 with critics of 1:4"
-    said = "1:4 has {:.2f} of the return of dense, 1:8 {:.2f}, 1:8 with critics of 1:4 {:.2f} "
-    assert said.format(*of_dense(final, claims.at_best(results, dense), *best)) in text
+    means = of_dense(final, claims.at_best(results, dense), *best)
+    bounds = [claims.ratios(results, dense, kind, pair)["mean of 2 environments"][0][1] for kind in BEST]
+    parts = [f"{mean:.2f} [{low:.2f}, {high:.2f}]" for mean, (low, high) in zip(means, bounds, strict=True)]
+    assert "1:4 has {} of its return, 1:8 {}, 1:8 with critics of 1:4 {} ".format(*parts) in text
     timed = claims.at_best(claims.on_one_clock(results), dense)
     said = "in {:.1f}, {:.1f}, {:.1f} of its time;"
     assert said.format(*of_dense(lambda runs: runs[0].seconds[-1], timed, *best)) in text
-    kinds, said = ("1:8, letter", "1:8", "1:4, letter", "1:4"), "they lift 1:8 from {:.2f} to {:.2f} of dense (3e-4, "
-    said += "mean of HalfCheetah-v5 and Ant-v5) and 1:4, if at all, from {:.2f} to {:.2f}."
+    kinds, said = ("1:8, letter", "1:4, letter", "1:8", "1:4"), "1:8 has {:.2f} of dense and 1:4 {:.2f}, with them "
+    said += "{:.2f} and {:.2f} (3e-4, mean of HalfCheetah-v5 and Ant-v5)"
+    assert {len(results[env, kind]) for env in pair for kind in kinds if "letter" in kind} == {2}
     assert said.format(*of_dense(final, results, *kinds)) in text
     failed = final(results["Walker2d-v5", "1:8"]) / final(results["Walker2d-v5", "dense"])
-    assert f"on Walker2d-v5 1:8 has {failed:.1f}." in text
+    assert f"on Walker2d-v5 1:8 has {failed:.1f}, at 3e-4." in text
     rows = [row for row in claims.targets(claims.HERE) if "quarter" in row[0] and row[1].startswith("best step sizes")]
-    ours = [", ".join(f"{float(row[3].split()[0]):.1f}" for row in rows if row[2] == env) for env in pair]
-    said = "they have {1} times its return on Ant-v5, where it hardly walks by then, and {0} times on HalfCheetah-v5."
-    assert said.format(*ours) in text
+    ours = [[float(row[3].split()[0]) for row in rows if row[2] == env] for env in pair]
+    runs = claims.on_one_clock(results)["Ant-v5", "dense"]
+    clock = np.mean([run.seconds[run.steps == 250_000] for run in runs])
+    early = np.mean([run.returns[run.seconds <= clock][-10:].mean() for run in runs])
+    untrained = np.mean([run.returns[run.steps <= 25_000].mean() for run in runs])
+    times = "{:.1f}, {:.1f}, {:.1f} times its return on HalfCheetah-v5".format(*ours[0])
+    low, _, high = (f"{round(early * x, -2):_.0f}".replace("_", " ") for x in sorted(ours[1]))
+    said = (
+        f"After a quarter of its time they have {times}, and on Ant-v5 {low} to {high} to its {round(early, -1):.0f} "
+    )
+    assert said + f"(an untrained policy: {untrained:.0f})." in text
+    assert f"dense has {round(early, -1):.0f} by then, less than an untrained policy ({untrained:.0f})" in page
 
 
 def test_seeds_in_the_readme_are_those_of_the_runs(monkeypatch):
-    """Three of each pattern, and the groups named that have another number."""
+    """Of the groups in its table."""
     monkeypatch.chdir(ROOT)
-    results, said = claims.read(claims.HERE)[0], []
-    for env in claims.ENVS:
-        count, parts = {kind: len(results[env, kind]) for kind in ("dense", "2:4", "1:4", "1:8")}, []
-        for number in sorted({*count.values()} - {3}):
-            *first, last = (kind for kind in count if count[kind] == number)
-            parts.append(f"{number} of {', '.join(first)}{' and ' * bool(first)}{last}")
-        said += [f"{env}: {', '.join(parts)}"] * bool(parts)
-    assert f" 3 seeds ({'; '.join(said)}). Final return: " in Path("README.md").read_text().replace("\n", " ")
+    results, pair = claims.read(claims.HERE)[0], claims.ENVS[:2]
+    assert {len(results[env, kind]) for env in pair for kind in ("dense", "2:4", "1:4", "1:8")} == {5}
+    assert {len(results[env, kind]) for env in claims.ENVS[2:] for kind in ("dense", "2:4", "1:4", "1:8")} == {3}
+    assert {len(results[env, kind]) for env in pair for kind in BEST} | {len(results[pair[0], "dense, best"])} == {3}
+    assert "3 seeds (at 3e-4 on HalfCheetah-v5 and Ant-v5 5). Final" in Path("README.md").read_text().replace("\n", " ")
 
 
-def test_when_hopper_began_to_hop_is_that_of_the_data(monkeypatch):
-    """The first evaluation above 1 500, of the groups of which all runs have one."""
+def test_what_the_page_says_in_short_is_what_its_table_says(monkeypatch):
     monkeypatch.chdir(ROOT)
-    results, said = claims.read(claims.HERE)[0], []
-    for kind in ("1:4", "2:4", "dense"):
-        steps = [run.steps[run.returns > 1500].min() for run in results["Hopper-v5", kind]]
-        said.append(f"{min(steps):_} to {max(steps):_}".replace("_", " "))
-    said = "after {} steps, those of 2:4 after {}, those of dense after {}.".format(*said)
-    assert said in Path("results/reproduction/README.md").read_text().replace("\n", " ")
+    found, rows = {"confirmed": set(), "refuted": set(), "undecided": set()}, claims.claims(claims.HERE)
+    for claim, how, where, *_, verdict in rows:
+        found[verdict].add((claim.split(" (")[0], how, where))
+    recipe, letter, critics = "the recipe, 3e-4", "to the letter", "best step sizes, critics of 1:4"
+    pair, numbers = claims.ENVS[:2], [("2:4 is 1.01 of dense", recipe, "HalfCheetah-v5")]
+    assert ("2:4 is 1.14 of dense", recipe, "Ant-v5") in found["undecided"]
+    competes = [("1:8 competes", recipe, "HalfCheetah-v5"), ("1:8 competes", recipe, "Walker2d-v5")]
+    competes += [("1:8 competes", letter, where) for where in (*pair, "mean of 2 environments")]
+    assert found["refuted"] == {*numbers, *competes, ("1:4 matches dense", letter, "HalfCheetah-v5")}
+    expected = {("1:8 competes", critics, where) for where in (*pair, "mean of 2 environments")}
+    assert {row for row in found["confirmed"] if "faster" not in row[0] and "letter" not in row[0]} == expected
+    assert not [row for row in found["refuted"] if "faster" in row[0]]
+    assert not [row for row in rows if ("dense" in row[0] or "competes" in row[0]) and re.search(r" \[[1-9]", row[3])]
+
+
+def test_when_they_began_to_walk_and_to_hop_is_that_of_the_data(monkeypatch):
+    """The first evaluation above 1 500, None if there is none, and the last mean of ten that is not."""
+    monkeypatch.chdir(ROOT)
+    results, text = claims.read(claims.HERE)[0], (claims.HERE / "README.md").read_text().replace("\n", " ")
+
+    def first(env, kind):
+        return [run.steps[run.returns > 1500].min(initial=10**9) for run in results[env, kind]]
+
+    def last(env, kind):
+        runs = results[env, kind]
+        return [run.steps[9:][np.convolve(run.returns, np.full(10, 0.1), "valid") <= 1500].max() for run in runs]
+
+    def say(form, *steps):
+        assert form.format(*(f"{step:_}".replace("_", " ") for step in steps)) in text
+
+    one, two, three = first("Walker2d-v5", "1:8")
+    assert one == 10**9
+    say("the second and the third are above 1 500 for the first time after {} and {}, and still", two, three)
+    *stay, never = (step + 5000 for step in last("Walker2d-v5", "1:4"))
+    assert never > 1e6
+    say("in the mean of ten evaluations, after {} and {} steps; the third never gets there.", *stay)
+    one, two, three = first("Hopper-v5", "1:8")
+    assert two == 10**9
+    say("On Hopper-v5 the first run of 1:8 is above 1 500 for the first time after {} steps, ", one)
+    say("the third after {}, with relapses to {}, and the second never: ", three, last("Hopper-v5", "1:8")[2])
+    spans = [f(first("Hopper-v5", kind)) for kind in ("1:4", "2:4", "dense") for f in (min, max)]
+    say("first time after {} to {} steps, those of 2:4 after {} to {}, those of dense after {} to {}.", *spans)
 
 
 def test_returns_and_processors_are_those_of_the_files(monkeypatch):
