@@ -495,13 +495,13 @@ def rates(runs: list[Run]) -> np.ndarray:
 
 
 def timed(results: dict[tuple[str, str], list[Run]]) -> dict[tuple[str, str], list[Run]]:
-    """Of each environment the runs on one processor, as hours on others do not compare: of most dense runs, kinds."""
+    """Of each environment the runs whose hours compare: on one processor, as many threads; of most dense, kinds."""
     found = {}
     for env in dict.fromkeys(env for env, _ in results):
         cpus = defaultdict(lambda: defaultdict(list))
         for key, runs in results.items():
             for run in runs if key[0] == env else []:
-                cpus[run.config.get("cpu")][key].append(run)
+                cpus[run.config.get("cpu"), run.config.get("num_threads")][key].append(run)
         found |= max(cpus.values(), key=lambda runs: (len(runs.get((env, "dense"), [])), len(runs)))
     return found
 

@@ -508,6 +508,9 @@ def test_times_are_those_of_one_processor(monkeypatch):
     assert [row[:3] for row in cells(fast=False)] == [["3", "1", "2.00"], ["3", "2", "4.00"], ["3", "0", ""]]
     move(["A__1_4__1", "A__1_4__2"], "slow", 1)  # as many kinds as the fast one, but no dense one
     assert [row[:3] for row in cells(fast=True)] == [["3", "1", "0.20"], ["3", "1", "0.40"], ["3", "0", ""]]
+    config = Path("out/runs/A__1_4__0/config.json")  # as fast a processor, more threads: no longer of two kinds
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_threads": 2}))
+    assert [row[:3] for row in cells(fast=False)] == [["3", "1", "2.00"], ["3", "0", ""], ["3", "0", ""]]
 
 
 def test_report_compares_variants_with_their_dense_runs_and_the_best():

@@ -108,7 +108,7 @@ def on_one_clock(results: dict) -> dict:
         for run in runs:
             if same := there.get(networks(run)):
                 seconds = run.seconds / run.seconds[-1] * np.mean([other.seconds[-1] for other in same])
-                config = run.config | {"cpu": same[0].config.get("cpu")}
+                config = run.config | {key: same[0].config.get(key) for key in ("cpu", "num_threads")}
                 found.setdefault(key, []).append(replace(run, config=config, seconds=seconds))
     return found
 
